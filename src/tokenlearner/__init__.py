@@ -1,0 +1,64 @@
+"""TokenLearner for image and video transformers: learn a few tokens, run every later layer on those.
+
+Names are imported when first used, so that ``import tokenlearner`` costs nothing.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from tokenlearner import _torchvision
+
+_torchvision.install()
+
+__version__ = "0.1.0"
+
+_HOME = {
+    "TokenLearner": "core",
+    "TokenFuser": "core",
+    "Unpool": "core",
+    "Reproject": "core",
+    "insert": "insertion",
+    "remove": "insertion",
+    "attention_maps": "insertion",
+    "Insertion": "insertion",
+    "insertion_of": "insertion",
+    "learners": "insertion",
+    "save": "insertion",
+    "load": "insertion",
+    "Preprocessing": "insertion",
+    "cost": "inspection",
+    "Cost": "inspection",
+    "InputError": "errors",
+}
+
+__all__ = ["__version__", *sorted(_HOME)]
+
+if TYPE_CHECKING:
+    from tokenlearner.core import Reproject, TokenFuser, TokenLearner, Unpool
+    from tokenlearner.errors import InputError
+    from tokenlearner.insertion import (
+        Insertion,
+        Preprocessing,
+        attention_maps,
+        insert,
+        insertion_of,
+        learners,
+        load,
+        remove,
+        save,
+    )
+    from tokenlearner.inspection import Cost, cost
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOME:
+        value = getattr(importlib.import_module(f"tokenlearner.{_HOME[name]}"), name)
+        globals()[name] = value
+        return value
+    raise AttributeError(f"module 'tokenlearner' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return __all__

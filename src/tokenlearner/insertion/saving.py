@@ -1,0 +1,2 @@
+
+Preprocessing = load = save = None
