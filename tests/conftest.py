@@ -1,19 +1,17 @@
 """Shared by all tests: the torchvision cure first, shape checks on the core, one thread for each worker."""
 
 import os
-
-import tokenlearner._torchvision
-
-tokenlearner._torchvision.install()
-
-if os.environ.get("TOKENLEARNER_SHAPE_CHECKS", "1") == "1":
-    from jaxtyping import install_import_hook
-
-    install_import_hook(["tokenlearner.core", "tokenlearner.insertion"], "beartype.beartype")
-
 from pathlib import Path
 
+import jaxtyping
 import pytest
+
+import tokenlearner  # noqa: F401 - first: lets torchvision and timm be imported where its operators can't be loaded
+
+# Shapes in signatures are checked while the tests run; set TOKENLEARNER_SHAPE_CHECKS=0 to run as users do.
+if os.environ.get("TOKENLEARNER_SHAPE_CHECKS", "1") == "1":
+    jaxtyping.install_import_hook(["tokenlearner.core", "tokenlearner.insertion"], "beartype.beartype")
+
 import torch
 
 torch.set_num_threads(1)
@@ -33,8 +31,6 @@ def reference_dir() -> Path:
 @pytest.fixture
 def without_shape_checks():
     """Turns jaxtyping's wrappers off: torch.compile and torch.export can't trace through them."""
-    import jaxtyping
-
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)

@@ -33,7 +33,25 @@ _HOME = {
     "InputError": "errors",
 }
 
-__all__ = ["__version__", *sorted(_HOME)]
+__all__ = [
+    "Cost",
+    "InputError",
+    "Insertion",
+    "Preprocessing",
+    "Reproject",
+    "TokenFuser",
+    "TokenLearner",
+    "Unpool",
+    "__version__",
+    "attention_maps",
+    "cost",
+    "insert",
+    "insertion_of",
+    "learners",
+    "load",
+    "remove",
+    "save",
+]
 
 if TYPE_CHECKING:
     from tokenlearner.core import Reproject, TokenFuser, TokenLearner, Unpool
@@ -42,13 +60,13 @@ if TYPE_CHECKING:
         Insertion,
         Preprocessing,
         attention_maps,
-        insert,
         insertion_of,
         learners,
         load,
         remove,
         save,
     )
+    from tokenlearner.insertion.insert import insert
     from tokenlearner.inspection import Cost, cost
 
 

@@ -14,7 +14,7 @@ def full_precision(x: Tensor) -> AbstractContextManager[object]:
     The no-op branch keeps the autocast region out of compiled and exported graphs that don't need it.
     """
     device = x.device.type
-    if torch.is_autocast_enabled(device):
+    if device != "meta" and torch.is_autocast_enabled(device):  # meta knows no autocast
         return torch.autocast(device, enabled=False)
     return nullcontext()
 

@@ -57,6 +57,7 @@ class TokenFuser(nn.Module):
         self.dim = positive_int("dim", dim)
         self.num_tokens = positive_int("num_tokens", num_tokens)
         self.num_frames = None if num_frames is None else positive_int("num_frames", num_frames)
+        hidden_dim = positive_int("hidden_dim", hidden_dim)
         self.residual = residual
         mixed = num_tokens * (self.num_frames or 1)
         self.norm1 = nn.LayerNorm(dim, eps=LAYER_NORM_EPS) if norm else nn.Identity()
@@ -128,7 +129,8 @@ class Unpool(nn.Module):
     ) -> Float[Tensor, "b *grid d"]:
         check_tokens("Unpool", tokens, x, x.shape[-1], tokens.shape[1])
         positions = x.shape[1:-1].numel()
-        if maps.shape[:2] != tokens.shape[:2] or maps.shape[2:].numel() != positions:
+        other_grid = x.ndim == 4 and maps.shape[2:] != x.shape[1:3]  # 3×5 maps on 5×3 would land in the wrong places
+        if maps.shape[:2] != tokens.shape[:2] or maps.shape[2:].numel() != positions or other_grid:
             raise ValueError(
                 f"Unpool needs one map per token over x's {positions} positions; tokens {tuple(tokens.shape)}, "
                 f"x {tuple(x.shape)} and maps {tuple(maps.shape)} don't fit"

@@ -6,8 +6,9 @@ Knows no particular host; what differs between libraries is in the adapter :func
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, TypeVar
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
+from typing import Any, TypeVar, cast
 
 import torch
 from jaxtyping import Float
@@ -17,7 +18,7 @@ from tokenlearner.core.fuser import Reproject, TokenFuser, Unpool
 from tokenlearner.core.learner import Kind, Pool, TokenLearner
 from tokenlearner.insertion.layers import FusedLayer, GridRecord, LearnTokens, split_prefix
 from tokenlearner.insertion.spec import FUSERS, FuserKind, Insertion, resolve_at
-from tokenlearner.insertion.timm import TimmViT
+from tokenlearner.insertion.timm import TimmViT, is_compiled
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -54,7 +55,8 @@ def insert(
         kind: The form of α, see :class:`TokenLearner`.
         fuser: None, ``"fuser"`` (TokenFuser), ``"unpool"`` or ``"reproject"``.
         extra_layers: Layers of the host's own kind appended after its last. They start as the identity, so the
-            output does not change until they are trained.
+            output does not change until they are trained (with ``"unpool"`` it does: its maps start random and have
+            no factor that could be zero).
         pool, hidden_dim, dropout: Passed to the TokenLearner (and hidden_dim, dropout to the fuser).
 
     Raises:
@@ -75,13 +77,15 @@ def insert(
     layers = depth + extra_layers
     index = resolve_at(at, depth, layers)
     if fuser and index == layers:
-        raise ValueError(f"at={at} is after the last of {layers} layers, so there is no layer to fuse; give a smaller at")
+        raise ValueError(
+            f"at={at} is after the last of {layers} layers, so there is no layer to fuse; give a smaller at"
+        )
     spec = Insertion(num_tokens, index, depth, kind, fuser, extra_layers, pool, hidden_dim, dropout)
 
     # Everything that can fail is built before the host is touched.
     fused = range(index, layers) if fuser else range(index, index + 1)
-    learners = {i: _like_host(host, lambda: _new_learner(spec, host)) for i in fused}
-    fusers = {i: _like_host(host, lambda: _new_fuser(spec, host, learners[i])) for i in fused} if fuser else {}
+    learners = {i: _like_host(host, partial(_new_learner, spec, host)) for i in fused}
+    fusers = {i: _like_host(host, partial(_new_fuser, spec, host, learners[i])) for i in fused} if fuser else {}
     extra = [host.new_identity_layer(depth + i) for i in range(extra_layers)]
 
     record = GridRecord()
@@ -135,7 +139,7 @@ def insertion_of(model: nn.Module) -> Insertion | None:
 
 def learners(model: nn.Module) -> dict[int, TokenLearner]:
     """The TokenLearners of ``model`` by the index of the layer they feed."""
-    return {index: carrier.token_learner for index, carrier in _carriers(model)}
+    return {index: cast(TokenLearner, carrier.token_learner) for index, carrier in _carriers(model)}
 
 
 def inserted_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
@@ -152,9 +156,7 @@ def inserted_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 @torch.no_grad()
-def attention_maps(
-    model: nn.Module, images: Float[Tensor, "b c height width"]
-) -> dict[int, Float[Tensor, "b s h w"]]:
+def attention_maps(model: nn.Module, images: Float[Tensor, "b c height width"]) -> dict[int, Float[Tensor, "b s h w"]]:
     """The maps of every TokenLearner in ``model`` for a batch of preprocessed images.
 
     Returns a dictionary from layer index to maps (b, s, h, w) over the patch grid, in float32; see
@@ -178,7 +180,7 @@ def attention_maps(
         for index, carrier in carriers
     ]
     try:
-        with evaluating(model):
+        with evaluating(model), _uncompiled(model):
             model(images)
     finally:
         for handle in handles:
@@ -206,9 +208,16 @@ def evaluating(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for module, training in modes:
-            module.train(training) if isinstance(module, FusedLayer) else setattr(module, "training", training)
-        for module, training in modes:  # FusedLayer.train reaches its children too
-            setattr(module, "training", training)
+            module.training = training
+            if isinstance(module, FusedLayer):
+                module.block.training = training
+
+
+def _uncompiled(model: nn.Module) -> AbstractContextManager[object]:
+    """A context in which a compiled model runs eagerly: compiled code does not see hooks that came later."""
+    if any(is_compiled(module) for module in model.modules()):
+        return torch.compiler.set_stance("force_eager")
+    return nullcontext()
 
 
 def drop_hooks(module: nn.Module, kind: type) -> None:

@@ -10,8 +10,8 @@ either side (``load_state_dict(assign=True)``, ``to_empty``, sharding) is replac
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, cast
 
 import torch
 from jaxtyping import Float
@@ -143,7 +143,8 @@ class NoteGrid:
         if output.ndim == 4:  # (b, h, w, d): flattened later, after the position embedding
             self.record.note((output.shape[1], output.shape[2]))
         else:
-            self.record.note(module.dynamic_feat_size(args[0].shape[-2:]))
+            dynamic_feat_size = cast(Callable[..., Grid], module.dynamic_feat_size)
+            self.record.note(dynamic_feat_size(args[0].shape[-2:]))
 
 
 def split_prefix(x: Float[Tensor, "b n d"], count: int) -> tuple[Tensor | None, Tensor]:
@@ -158,4 +159,6 @@ def refuse_masks(kwargs: Mapping[str, Any]) -> None:
     if kwargs.get("attn_mask") is not None or kwargs.get("attention_mask") is not None:
         raise ValueError("an attention mask over the patches does not fit the learned tokens; call without a mask")
     if kwargs.get("is_causal"):
-        raise ValueError("causal attention has no meaning over learned tokens, which have no order; use is_causal=False")
+        raise ValueError(
+            "causal attention has no meaning over learned tokens, which have no order; use is_causal=False"
+        )

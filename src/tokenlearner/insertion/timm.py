@@ -34,7 +34,9 @@ class TimmViT:
     def why_not(model: object) -> str:
         name = type(model).__name__
         if hasattr(model, "_orig_mod"):
-            return "the model is compiled, and a compiled model would not see the insertion; insert first, compile after"
+            return (
+                "the model is compiled, and a compiled model would not see the insertion; insert first, compile after"
+            )
         if isinstance(model, torch.jit.ScriptModule):
             return "a TorchScript model can't be changed; insert into the eager model"
         inner = getattr(model, "module", None)
@@ -49,7 +51,7 @@ class TimmViT:
             ValueError: With the reason.
         """
         model = self.model
-        if any(getattr(m, "_compiled_call_impl", None) is not None for m in model.modules()):
+        if any(is_compiled(m) for m in model.modules()):
             raise ValueError("the model or a block of it is compiled and would not see the insertion; insert first")
         if any(base.__name__ == "FSDPModule" for m in model.modules() for base in type(m).__mro__):
             raise ValueError("the model is sharded, and new parameters would stay unmanaged; insert, then fully_shard")
@@ -89,12 +91,15 @@ class TimmViT:
         Raises:
             ValueError: The block is of a kind whose branches we can't find.
         """
-        layer = copy.deepcopy(self.model.blocks[-1])
+        layer = copy.deepcopy(self.model.blocks[-1]).requires_grad_()  # a frozen host's new layers are to train
         mode = getattr(self.model, "weight_init_mode", "")
-        named_apply(get_init_weights_vit(mode if mode != "skip" else ""), layer, name=f"blocks.{index}")
+        named_apply(
+            get_init_weights_vit(mode if mode != "skip" else ""), layer, name=f"blocks.{index}", include_root=True
+        )
         for attention in layer.modules():
-            if hasattr(attention, "set_lambda_init"):  # differential attention starts by depth
-                attention.set_lambda_init(index)
+            start_by_depth = getattr(attention, "set_lambda_init", None)  # differential attention
+            if callable(start_by_depth):
+                start_by_depth(index)
         _zero_residual_branches(layer)
         _assert_identity(layer, self.dim)
         return layer
@@ -138,6 +143,11 @@ def _forward_intermediates(model: VisionTransformer, spec: Insertion, x: Any, *a
             f"have no height and width; take layers before {spec.at}, use output_fmt='NLC', or insert with a fuser"
         )
     return original(model, x, *args, **kwargs)
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``module.compile()`` was called or ``module`` is what ``torch.compile`` returned."""
+    return getattr(module, "_compiled_call_impl", None) is not None or "_orig_mod" in module._modules
 
 
 def _num_heads(model: VisionTransformer) -> int:

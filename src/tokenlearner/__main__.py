@@ -1,0 +1,3 @@
+from tokenlearner.cli import main
+
+main()

@@ -1,0 +1,326 @@
+"""The command line: parse, call, print. Everything it calls can be called from Python.
+
+Exit codes: 0, 1 for bad input (one sentence on stderr), 2 for bad usage.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import App, CycloptsError, Parameter
+
+from tokenlearner import __version__
+from tokenlearner.cli_recipe import AtArgument, CommandLineRecipe, RecipeArgument, config_reader, plain_recipe
+from tokenlearner.errors import InputError
+
+app = App(
+    name="tokenlearner",
+    help="Learn a few tokens from a feature map and run every later layer of a vision transformer on those.\n\n"
+    "Example: `tokenlearner demo`",
+    version=__version__,
+    help_format="markdown",
+)
+
+Json = Annotated[bool, Parameter(name="--json", negative="", help="Print one JSON document instead of a table.")]
+OnError = Annotated[
+    Literal["skip", "raise"], Parameter(help="Damaged files: name, count and skip them, or stop at the first.")
+]
+Kind = Literal["conv", "mlp", "conv1", "gate", "grid", "dense", "average"]
+Fuser = Literal["fuser", "unpool", "reproject"]
+
+
+@app.command
+def demo(*, output: Path = Path("runs/demo"), epochs: int | None = None, seed: int = 0, json: Json = False) -> None:
+    """Train a plain ViT and one with 8 learned tokens on handwritten digits, and show what the tokens bought.
+
+    Takes about two minutes on two cores; nothing is downloaded. Example: `tokenlearner demo`
+
+    Parameters
+    ----------
+    output
+        Folder for report.html, summary.json, both models and ten pictures to try them on.
+    epochs
+        Fewer for a quick look; 40 when not given.
+    """
+    from tokenlearner.training.demo import demo as run
+
+    report = sys.stderr if json else sys.stdout
+    summary = run(output, epochs=epochs, seed=seed, log=lambda line: print(line, file=report, flush=True))
+    show(summary, json, lambda: print_models(summary, f"report: {output / 'report.html'}"))
+
+
+@app.command
+def train(
+    data: Path,
+    *,
+    output: Annotated[Path, Parameter(help="Folder for the model, report.html, summary.json and metrics.csv.")],
+    recipe_file: Annotated[
+        Path | None, Parameter(name="--recipe", help="YAML or TOML file; options given here override it.")
+    ] = None,
+    recipe: RecipeArgument = CommandLineRecipe(),  # noqa: B008 - cyclopts reads the default
+    on_error: OnError = "skip",
+    json: Json = False,
+) -> None:
+    """Train a ViT with learned tokens on your own pictures.
+
+    DATA holds one folder a class, or `train` and `val` folders that do.
+
+    Example: `tokenlearner train photos --model vit_tiny_patch16_224 --tokens 8 --at 0.5 --output runs/photos`
+    """
+    from tokenlearner.training.train import train as run
+
+    summary = run(data, plain_recipe(recipe), output, on_error=on_error)
+    show(summary, json, lambda: print_models(summary, f"model and report: {output}"))
+
+
+@app.command
+def evaluate(
+    model: Path,
+    data: Path,
+    *,
+    images: Annotated[
+        Literal["auto", "all", "held-out"],
+        Parameter(help="Which of DATA: auto takes its val folder, else what training held out, else all."),
+    ] = "auto",
+    batch_size: int = 64,
+    workers: int = 2,
+    on_error: OnError = "skip",
+    json: Json = False,
+) -> None:
+    """Score a saved model on class folders.
+
+    Example: `tokenlearner evaluate runs/photos photos`
+    """
+    from tokenlearner.evaluation.accuracy import evaluate as run
+    from tokenlearner.evaluation.accuracy import images_to_score
+    from tokenlearner.insertion.saving import load
+
+    loaded = load(model)
+    chosen, which = images_to_score(loaded, model, data, images)
+    result = run(loaded, chosen, which=which, batch_size=batch_size, workers=workers, on_error=on_error)
+
+    def table() -> None:
+        rows = [("images", f"{result.images:,}"), ("top-1", f"{result.top1:.2%}")]
+        rows += [("top-5", f"{result.top5:.2%}")] if result.top5 is not None else []
+        rows.append(("mean per class", f"{result.to_dict()['mean_per_class']:.2%}"))
+        print_table(("", which), rows)
+        warn_damaged([d._asdict() for d in result.damaged])
+
+    show(result.to_dict(), json, table)
+
+
+@app.command
+def predict(
+    model: Path,
+    files: Annotated[list[Path], Parameter(consume_multiple=True)],
+    /,
+    *,
+    top: int = 5,
+    on_error: OnError = "skip",
+    json: Json = False,
+) -> None:
+    """Label pictures: files, or folders of them.
+
+    Example: `tokenlearner predict runs/photos holiday.jpg`
+    """
+    from tokenlearner.data.images import find_images
+    from tokenlearner.evaluation.predict import predict as run
+    from tokenlearner.insertion.saving import load
+
+    loaded = load(model)
+    found = [path for file in files for path in find_images(file)]
+    predictions = list(run(loaded, found, top=top, on_error=on_error))
+    rows = [
+        {"file": p.file, "error": p.error}
+        if p.error
+        else {"file": p.file, "predictions": [{"label": name, "probability": value} for name, value in p.labels]}
+        for p in predictions
+    ]
+
+    def table() -> None:
+        shown = [
+            (p.file, "  ".join(f"{name} {value:.1%}" for name, value in p.labels)) for p in predictions if not p.error
+        ]
+        print_table(("file", f"top {top}"), shown)
+        warn_damaged([{"path": p.file, "reason": p.error} for p in predictions if p.error])
+
+    damaged = sum(1 for p in predictions if p.error)
+    show({"predictions": rows, "damaged": damaged}, json, table)
+    if predictions and damaged == len(predictions):
+        raise InputError(f"none of the {damaged} files could be read")
+
+
+@app.command
+def cost(
+    model: str,
+    *,
+    tokens: Annotated[int | None, Parameter(help="Count the timm model with a TokenLearner of so many tokens.")] = None,
+    at: AtArgument = 0.5,
+    kind: Kind = "mlp",
+    fuser: Fuser | None = None,
+    extra_layers: int = 0,
+    input_size: Annotated[
+        tuple[int, int, int] | None, Parameter(help="Channels, height, width; the model's own when not given.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Count parameters, MACs, FLOPs and tokens of a saved model or a timm name, layer by layer.
+
+    Example: `tokenlearner cost vit_base_patch16_224 --tokens 8 --at 0.5`
+    """
+    from tokenlearner.inspection.cost import cost as count
+
+    built = open_model(model, tokens, at, kind, fuser, extra_layers)
+    counted = count(built, input_size or own_input_size(built))
+
+    def table() -> None:
+        rows = [
+            (
+                part.name,
+                "" if part.tokens is None else str(part.tokens),
+                f"{part.parameters:,}",
+                f"{part.macs / 1e6:,.1f}",
+            )
+            for part in counted.layers
+        ]
+        print_table(("part", "tokens", "parameters", "million MACs"), rows)
+        print(counted)
+
+    show(counted.to_dict(), json, table)
+
+
+@app.command
+def maps(
+    model: Path,
+    files: Annotated[list[Path], Parameter(consume_multiple=True)],
+    /,
+    *,
+    output: Annotated[Path, Parameter(help="Folder for the sheets.")] = Path("maps"),
+    layer: Annotated[int | None, Parameter(help="With several TokenLearners, the layer of the one to draw.")] = None,
+    columns: Annotated[int, Parameter(help="Pictures on a sheet.")] = 8,
+    on_error: OnError = "skip",
+    json: Json = False,
+) -> None:
+    """Draw what each token looks at: a column a picture, a row a token.
+
+    Example: `tokenlearner maps runs/photos holiday.jpg --output maps`
+    """
+    from tokenlearner.data.images import find_images
+    from tokenlearner.evaluation.predict import write_sheets
+    from tokenlearner.insertion.saving import load
+
+    loaded = load(model)
+    found = [path for file in files for path in find_images(file)]
+    sheets = write_sheets(loaded, found, output, layer=layer, columns=columns, on_error=on_error)
+
+    def table() -> None:
+        print_table(
+            ("sheet", "pictures"), [(str(s.path), ", ".join(Path(f).name for f in s.files)) for s in sheets.sheets]
+        )
+        warn_damaged([{"path": d.path, "reason": d.reason} for d in sheets.damaged])
+
+    show(sheets.to_dict(), json, table)
+
+
+def open_model(
+    name: str, tokens: int | None, at: int | float, kind: Kind, fuser: Fuser | None, extra_layers: int
+) -> Any:
+    """A saved folder, or a timm name built with new weights (cost reads none of them)."""
+    if Path(name).is_dir():
+        from tokenlearner.insertion.saving import load
+
+        if tokens is not None:
+            raise InputError(f"{name} is a saved model, so --tokens and what goes with it are already decided")
+        return load(name)
+    from tokenlearner.training.train import build_model
+
+    recipe = CommandLineRecipe(model=name, tokens=tokens or 0, at=at, kind=kind, fuser=fuser, extra_layers=extra_layers)
+    return build_model(plain_recipe(recipe), num_classes=None, on="meta")
+
+
+def own_input_size(model: Any) -> tuple[int, ...]:
+    from tokenlearner.insertion.saving import Preprocessing
+
+    preprocessing = Preprocessing.of(model)
+    return preprocessing.input_size if preprocessing else (3, 224, 224)
+
+
+def show(document: dict[str, Any], as_json: bool, table: Callable[[], None]) -> None:
+    if as_json:
+        print(json.dumps(document, indent=2))
+    else:
+        table()
+
+
+def print_models(summary: dict[str, Any], last: str) -> None:
+    from tokenlearner.inspection.summary import COLUMNS, ModelResult, cells
+
+    models = [
+        ModelResult(
+            **{k: v for k, v in row.items() if k != "flops"} | {"tokens_per_layer": tuple(row["tokens_per_layer"])}
+        )
+        for row in summary["models"]
+    ]
+    print_table(COLUMNS, [cells(model, models[0]) for model in models])
+    damaged = summary.get("damaged", {"files": []})
+    warn_damaged([{"path": d["file"], "reason": d["reason"]} for d in damaged["files"]])
+    print(f"{summary['seconds']:.0f} s in all; {last}")
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*columns)
+    for column in table.columns[1:]:
+        column.overflow = "fold"
+    for row in rows:
+        table.add_row(*row)
+    width = None if sys.stdout.isatty() else 160  # a pipe has no width, and rich would take 80
+    Console(width=width, highlight=False).print(table)
+
+
+def warn_damaged(damaged: Sequence[dict[str, Any]], most: int = 10) -> None:
+    if not damaged:
+        return
+    print(f"{len(damaged)} damaged {'file' if len(damaged) == 1 else 'files'} skipped:", file=sys.stderr)
+    for entry in damaged[:most]:
+        print(f"  {entry['path']}: {entry['reason']}", file=sys.stderr)
+    if len(damaged) > most:
+        print(f"  … and {len(damaged) - most} more", file=sys.stderr)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The console script; exits with 0, 1 or 2."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        read_recipe_file(arguments)
+        app(arguments, exit_on_error=False, result_action="return_none")
+    except CycloptsError:
+        sys.exit(2)  # cyclopts has printed what was wrong
+    except (InputError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
+        print(f"tokenlearner: {error}", file=sys.stderr)
+        sys.exit(1)
+    except BrokenPipeError:  # the reader of our output (head, say) has gone
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+    except KeyboardInterrupt:
+        print("tokenlearner: stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+def read_recipe_file(arguments: Sequence[str]) -> None:
+    """Hands `--recipe FILE` to cyclopts as configuration before it parses the rest."""
+    app.config = None
+    for i, argument in enumerate(arguments):
+        if argument == "--recipe" and i + 1 < len(arguments):
+            app.config = [config_reader(arguments[i + 1])]
+        elif argument.startswith("--recipe="):
+            app.config = [config_reader(argument.split("=", 1)[1])]
+
+
+if __name__ == "__main__":
+    main()

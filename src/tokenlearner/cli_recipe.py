@@ -1,0 +1,77 @@
+"""Recipe files and dotted overrides, read by cyclopts both for the command line and for :func:`load_recipe`."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+from cyclopts import App, CycloptsError, Parameter, Token
+from cyclopts.config import Toml, Yaml
+
+from tokenlearner.errors import InputError
+from tokenlearner.training.recipe import Recipe
+
+
+def layer_index_or_share(_: Any, tokens: Sequence[Token]) -> int | float:
+    """``6`` is a layer, ``1.0`` a share: the written form decides, where cyclopts' union would round 0.5 to 0."""
+    text = tokens[0].value
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
+AtArgument = Annotated[int | float, Parameter(converter=layer_index_or_share)]
+
+
+@dataclass
+class CommandLineRecipe(Recipe):
+    """The recipe with what cyclopts must know about it; training itself needs no cyclopts."""
+
+    at: AtArgument = 0.5
+    """Where: an int is a layer index, a float a share of the depth, rounded down."""
+
+
+RecipeArgument = Annotated[CommandLineRecipe, Parameter(name="*", group="Recipe (also from --recipe FILE)")]
+
+
+def config_reader(path: str | Path) -> Yaml | Toml:
+    """The cyclopts reader for a recipe file, by its ending.
+
+    Raises:
+        InputError: No such file, or neither YAML nor TOML.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise InputError(f"there is no recipe file {path}")
+    if path.suffix not in (".yaml", ".yml", ".toml"):
+        raise InputError(f"recipe {path} must be a .yaml, .yml or .toml file")
+    reader = (Toml if path.suffix == ".toml" else Yaml)(path, must_exist=True, use_commands_as_keys=False)
+    try:
+        reader.config  # noqa: B018 - reads the file now, where its own error can be told from others
+    except Exception as error:
+        raise InputError(f"{path} is not readable: {' '.join(str(error).split())}") from error
+    return reader
+
+
+def parse_recipe(path: str | Path | None, overrides: Mapping[str, object]) -> Recipe:
+    app = App(config=[config_reader(path)] if path else None, result_action="return_value")
+
+    @app.default
+    def take(*, recipe: RecipeArgument = CommandLineRecipe()) -> Recipe:  # noqa: B008 - cyclopts reads it
+        return recipe
+
+    arguments: list[str] = []
+    for name, value in overrides.items():
+        option = f"--{name.replace('_', '-')}"
+        arguments += [option, *map(str, value)] if isinstance(value, list | tuple) else [f"{option}={value}"]
+    try:
+        recipe = app(arguments, exit_on_error=False, print_error=False)
+    except CycloptsError as error:
+        raise InputError(" ".join(str(error).split())) from error
+    return plain_recipe(recipe)
+
+
+def plain_recipe(recipe: Recipe) -> Recipe:
+    """The recipe without the command line's annotations, so that one from Python and one parsed compare equal."""
+    return Recipe(**vars(recipe))

@@ -1,0 +1,1 @@
+"""Scoring saved models, one small file per protocol."""

@@ -1,0 +1,133 @@
+"""Top-1 and top-5 accuracy of a saved model on class folders."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils.data import DataLoader
+from torchmetrics.classification import MulticlassAccuracy
+
+from tokenlearner.data.images import Damaged, ImageFiles, LabelledImages, collate, find_splits, scan_class_folders
+from tokenlearner.errors import InputError
+from tokenlearner.insertion.saving import Preprocessing
+
+Images = Literal["auto", "all", "held-out"]
+
+
+@dataclass(frozen=True)
+class Accuracy:
+    """``top1``, ``top5`` and ``per_class`` are shares (0 to 1) of ``images`` decoded images."""
+
+    top1: float
+    top5: float | None
+    per_class: dict[str, float]
+    images: int
+    which: str
+    """What was scored, in words."""
+    damaged: tuple[Damaged, ...]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "top1": self.top1,
+            "top5": self.top5,
+            "mean_per_class": sum(self.per_class.values()) / len(self.per_class),
+            "per_class": self.per_class,
+            "images": self.images,
+            "which": self.which,
+            "damaged": {"count": len(self.damaged), "files": [d._asdict() for d in self.damaged]},
+        }
+
+
+@torch.inference_mode()
+def evaluate(
+    model: nn.Module,
+    images: LabelledImages,
+    *,
+    which: str = "all images",
+    batch_size: int = 64,
+    workers: int = 2,
+    on_error: Literal["skip", "raise"] = "skip",
+    device: str | torch.device = "cpu",
+) -> Accuracy:
+    """Scores ``model`` (with the preprocessing it carries) on ``images``; damaged files are left out and named.
+
+    Raises:
+        InputError: The model carries no preprocessing, or no image could be decoded.
+    """
+    preprocessing = needed_preprocessing(model)
+    loader = DataLoader(
+        ImageFiles(images, preprocessing.transform(), on_error=on_error),
+        batch_size=batch_size,
+        num_workers=workers,
+        collate_fn=collate,
+    )
+    classes = len(images.classes)
+    top1 = MulticlassAccuracy(classes, average="micro").to(device)
+    top5 = MulticlassAccuracy(classes, average="micro", top_k=5).to(device) if classes > 5 else None
+    per_class = MulticlassAccuracy(classes, average="none").to(device)
+    damaged: list[Damaged] = []
+    seen = torch.zeros(classes, dtype=torch.long)
+    model.to(device).eval()
+    for batch in loader:
+        damaged += batch.damaged
+        if not len(batch.labels):
+            continue
+        logits, labels = model(batch.images.to(device)).float(), batch.labels.to(device)
+        for metric in (top1, top5, per_class):
+            if metric is not None:
+                metric.update(logits, labels)
+        seen += torch.bincount(batch.labels, minlength=classes)
+    if not seen.sum():
+        raise InputError(
+            f"none of the {len(images)} images could be decoded; the first: {damaged[0].path}: {damaged[0].reason}"
+        )
+    shares = per_class.compute()
+    return Accuracy(
+        top1=float(top1.compute()),
+        top5=float(top5.compute()) if top5 else None,
+        per_class={name: float(shares[i]) for i, name in enumerate(images.classes) if seen[i]},
+        images=int(seen.sum()),
+        which=which,
+        damaged=tuple(damaged),
+    )
+
+
+def images_to_score(model: nn.Module, folder: Path, data: Path, images: Images = "auto") -> tuple[LabelledImages, str]:
+    """The images of ``data`` a model saved in ``folder`` should be scored on, and which those are in words.
+
+    A ``val`` folder in ``data`` comes first; then, under "auto" and "held-out", the files the model's own training run
+    held out, if that run was on this data; else all.
+
+    Raises:
+        InputError: Class folders that don't match the model's labels, or "held-out" without a note of what was.
+    """
+    names = getattr(model, "label_names", None)
+    if names is None:
+        raise InputError(f"{folder} names no labels, so class folders can't be matched with its outputs")
+    _, val_folder = find_splits(data)
+    if val_folder is not None:
+        return scan_class_folders(val_folder, names), f"the images in {val_folder.name}/"
+    scanned = scan_class_folders(data, names)
+    note = folder / "held_out.json"
+    held_out = set(json.loads(note.read_text())["files"]) if note.is_file() else set()
+    chosen = [i for i, file in enumerate(scanned.files) if file.relative_to(data).as_posix() in held_out]
+    if images == "held-out" and not chosen:
+        raise InputError(f"{note} names no file of {data}; score everything with --images all")
+    if images == "all" or not chosen:
+        return scanned, "all images"
+    return scanned.subset(chosen), f"the {len(chosen)} images held out in training (of {len(scanned)})"
+
+
+def needed_preprocessing(model: nn.Module) -> Preprocessing:
+    preprocessing = Preprocessing.of(model)
+    if preprocessing is None:
+        raise InputError(
+            "the model does not say how its images are prepared; save it again with "
+            "save(model, folder, preprocessing=Preprocessing(...))"
+        )
+    return preprocessing

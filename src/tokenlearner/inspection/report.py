@@ -1,0 +1,143 @@
+"""One self-contained HTML page about a run: the table, the curves, and what each token looks at.
+
+No script and nothing fetched; it follows the reader's light or dark setting and fits a phone.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.backends.backend_svg import FigureCanvasSVG
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+from PIL import Image
+
+from tokenlearner.inspection.summary import COLUMNS, ModelResult, cells
+
+_INK = "#010203"  # stands for the page's own text colour, which differs in the dark
+_SERIES = ("#4477aa", "#ee6677", "#228833", "#aa8800")  # Paul Tol's bright scheme: told apart by the colour-blind too
+
+_STYLE = """
+:root { color-scheme: light dark; --line: #8884; --soft: #8881; --accent: #4477aa; }
+* { box-sizing: border-box; }
+body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 0 auto; padding: 1rem;
+       background: Canvas; color: CanvasText; }
+h1 { font-size: 1.5rem; margin: .5rem 0; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
+p { margin: .5rem 0; } .wide { overflow-x: auto; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { padding: .4rem .7rem; border-bottom: 1px solid var(--line); text-align: right; white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; } th { font-weight: 600; }
+@media (max-width: 40rem) {  /* a phone: one card a model instead of a wide table */
+  thead { display: none; } tr { display: block; margin: .8rem 0; border-bottom: 2px solid var(--line); }
+  td, td:first-child { display: flex; justify-content: space-between; border: 0; padding: .15rem 0; }
+  td::before { content: attr(data-label); opacity: .75; } td:first-child { font-weight: 600; }
+}
+.curves { display: grid; grid-template-columns: repeat(auto-fit, minmax(17rem, 1fr)); gap: 1rem; }
+.curves svg { width: 100%; height: auto; }
+.look { display: grid; grid-template-columns: repeat(auto-fit, minmax(4.4rem, 1fr)); gap: .4rem; margin: 0 0 1rem;
+        padding: .6rem; border: 1px solid var(--line); border-radius: .5rem; background: var(--soft); }
+.look figure { margin: 0; } .look img { width: 100%; display: block; border-radius: .25rem; }
+.look figcaption { font-size: .75rem; text-align: center; }
+footer { margin: 2rem 0 1rem; font-size: .85rem; opacity: .8; }
+"""
+
+
+@dataclass(frozen=True)
+class Look:
+    """One picture, what the model made of it, and a picture of each token's map."""
+
+    picture: Image.Image
+    caption: str
+    overlays: Sequence[Image.Image]
+
+
+def write_report(
+    path: Path,
+    title: str,
+    lead: str,
+    results: Sequence[ModelResult],
+    looks: Sequence[Look] = (),
+    footer: str = "",
+) -> Path:
+    """Writes the page to ``path`` and returns it."""
+    first = results[0]
+    rows = "".join(f"<tr>{_row(result, first)}</tr>" for result in results)
+    head = "".join(f"<th>{html.escape(column)}</th>" for column in COLUMNS)
+    curves = "".join(
+        draw_curves(
+            {r.name: [(row["epoch"] + 1, row[key] * scale) for row in r.history if key in row] for r in results}, label
+        )
+        for key, label, scale in (("val_accuracy", "held-out accuracy, %", 100), ("train_loss", "training loss", 1))
+    )
+    body = [
+        f"<h1>{html.escape(title)}</h1><p>{html.escape(lead)}</p>",
+        f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>',
+        f'<h2>Training</h2><div class="curves">{curves}</div>',
+    ]
+    if looks:
+        body.append(
+            "<h2>What each token looks at</h2><p>Held-out images. Brighter means the token takes more from there; "
+            "each map is scaled to its own maximum.</p>" + "".join(map(_look, looks))
+        )
+    page = (
+        f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
+        f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>'
+        f"<body>{''.join(body)}<footer>{html.escape(footer)}</footer></body></html>\n"
+    )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(page, encoding="utf-8")
+    return path
+
+
+def _row(result: ModelResult, first: ModelResult) -> str:
+    return "".join(
+        f'<td data-label="{html.escape(column)}">{html.escape(cell)}</td>'
+        for column, cell in zip(COLUMNS, cells(result, first))
+    )
+
+
+def draw_curves(series: Mapping[str, Sequence[tuple[float, float]]], label: str) -> str:
+    """An inline SVG with one line per series, in the page's text colour."""
+    settings: dict[Any, Any] = {"svg.fonttype": "none", "svg.hashsalt": label, "font.size": 10}
+    for part in ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"):
+        settings[part] = _INK
+    with mpl.rc_context(settings):
+        figure = Figure(figsize=(4.4, 2.9), layout="constrained")
+        FigureCanvasSVG(figure)
+        axis = figure.subplots()
+        for (name, points), colour in zip(series.items(), _SERIES):
+            if points:
+                axis.plot(*zip(*points), label=name, color=colour, linewidth=1.8)
+        axis.set_xlabel("epoch")
+        axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axis.set_ylabel(label)
+        axis.spines[["top", "right"]].set_visible(False)
+        axis.grid(alpha=0.25, color=_INK)
+        if any(series.values()):
+            axis.legend(frameon=False)
+        buffer = io.StringIO()
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    svg = buffer.getvalue()
+    return svg[svg.index("<svg") :].replace(_INK, "currentColor")
+
+
+def _look(look: Look) -> str:
+    shown = [(look.picture, look.caption), *((o, f"token {i + 1}") for i, o in enumerate(look.overlays))]
+    inner = "".join(
+        f'<figure><img alt="" src="{_data_uri(image)}"><figcaption>{html.escape(caption)}</figcaption></figure>'
+        for image, caption in shown
+    )
+    return f'<div class="look">{inner}</div>'
+
+
+def _data_uri(image: Image.Image) -> str:
+    buffer = io.BytesIO()
+    image.save(buffer, format="PNG", optimize=True)
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()

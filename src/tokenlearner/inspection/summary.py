@@ -1,0 +1,102 @@
+"""What a run came to: one ``summary.json`` for machines, one table for people."""
+
+from __future__ import annotations
+
+import json
+import platform
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tokenlearner.inspection.cost import describe_tokens
+
+
+@dataclass(frozen=True)
+class ModelResult:
+    """One trained model. ``accuracy`` is a share (0 to 1) of held-out images, ``macs`` are for one image."""
+
+    name: str
+    accuracy: float
+    parameters: int
+    macs: int
+    images_per_second: float
+    tokens_per_layer: tuple[int, ...]
+    images_per_second_spread: float = 0.0
+    speedup: float = 1.0
+    """Median over rounds of this model's images per second over the first model's in the same round."""
+    train_seconds: float = 0.0
+    history: Sequence[Mapping[str, float]] = field(default=(), repr=False)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "accuracy": self.accuracy,
+            "parameters": self.parameters,
+            "macs": self.macs,
+            "flops": 2 * self.macs,
+            "images_per_second": round(self.images_per_second, 1),
+            "images_per_second_spread": round(self.images_per_second_spread, 1),
+            "speedup": round(self.speedup, 3),
+            "tokens_per_layer": list(self.tokens_per_layer),
+            "train_seconds": round(self.train_seconds, 1),
+        }
+
+
+# Column titles and cells of the table that ends every run, for the terminal and the report alike.
+COLUMNS = ("model", "accuracy", "parameters", "MACs / image", "images/s", "tokens per layer")
+
+
+def cells(result: ModelResult, first: ModelResult) -> tuple[str, ...]:
+    macs, speed = count(result.macs), f"{result.images_per_second:,.0f}"
+    if result is not first:
+        macs += f" ({result.macs / first.macs:.2f}×)"
+        speed += f" ({result.speedup:.2f}×)"
+    return (
+        result.name,
+        f"{result.accuracy:.2%}",
+        f"{result.parameters:,}",
+        macs,
+        speed,
+        describe_tokens(result.tokens_per_layer),
+    )
+
+
+def count(number: float) -> str:
+    """1,234,567 as 1.23 M."""
+    for scale, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= scale:
+            return f"{number / scale:.3g} {unit}"
+    return f"{number:g}"
+
+
+def write_summary(path: Path, seconds: float, results: Sequence[ModelResult], **more: Any) -> dict[str, Any]:
+    """Writes ``{"seconds", "models": […], …}`` and returns it."""
+    summary = {
+        "seconds": round(seconds, 1),
+        "models": [result.to_dict() for result in results],
+        **more,
+        "hardware": hardware(),
+        "torch": torch.__version__,
+    }
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    return summary
+
+
+def hardware() -> str:
+    """The machine in words: processor, threads torch uses, GPU."""
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    return f"{_processor()}, {torch.get_num_threads()} threads{gpu}"
+
+
+def _processor() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

@@ -1,0 +1,1 @@
+"""Training on Lightning: one recipe, one module, one loop."""

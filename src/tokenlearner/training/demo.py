@@ -1,0 +1,131 @@
+"""The main job: the same small ViT twice on handwritten digits, plain and with eight learned tokens at half depth."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import lightning as L
+import torch
+from timm.layers import build_sincos2d_pos_embed
+from timm.models.vision_transformer import VisionTransformer
+from torch import nn
+
+from tokenlearner.data import digits
+from tokenlearner.insertion.insert import insert
+from tokenlearner.insertion.saving import save
+from tokenlearner.inspection.cost import cost
+from tokenlearner.inspection.report import write_report
+from tokenlearner.inspection.speed import measure_speed
+from tokenlearner.inspection.summary import ModelResult, hardware, write_summary
+from tokenlearner.training.fit import fit
+from tokenlearner.training.looks import looks_at
+from tokenlearner.training.recipe import OptimizerRecipe, Recipe
+
+RECIPE = Recipe(
+    model="ViT 64 wide, 4 layers, 12×12 pixels in patches of 2",
+    tokens=8,
+    at=0.5,
+    epochs=40,
+    batch_size=32,
+    label_smoothing=0.0,
+    held_out=0.25,
+    workers=0,
+    optimizer=OptimizerRecipe(lr=2e-3, warmup_epochs=3),
+)
+
+
+def host() -> VisionTransformer:
+    """A small ViT as in the official image models: no class token, average pooling.
+
+    Its position embedding starts as sines and cosines: with 1,347 images to learn from, learning where the patches
+    lie from scratch takes most of the training.
+    """
+    model = VisionTransformer(
+        img_size=12,
+        patch_size=2,
+        num_classes=10,
+        embed_dim=64,
+        depth=4,
+        num_heads=4,
+        class_token=False,
+        global_pool="avg",
+    )
+    with torch.no_grad():
+        cast(nn.Parameter, model.pos_embed).copy_(build_sincos2d_pos_embed([6, 6], 64)[None])
+    return model
+
+
+def demo(
+    output: Path = Path("runs/demo"),
+    *,
+    epochs: int | None = None,
+    seed: int = 0,
+    log: Callable[[str], object] = print,
+) -> dict[str, Any]:
+    """Trains both models on scikit-learn's digits, measures them and writes report, summary and models to ``output``.
+
+    Returns the summary; ``log`` gets a line before each model is trained.
+    """
+    start = time.perf_counter()
+    recipe = replace(RECIPE, seed=seed, epochs=epochs or RECIPE.epochs)
+    data = digits.load(recipe.held_out)
+    models: dict[str, nn.Module] = {}
+    fits = {}
+    for name in ("plain", "tokenlearner"):
+        L.seed_everything(seed, workers=True, verbose=False)
+        models[name] = host() if name == "plain" else insert(host(), recipe.tokens, recipe.at, recipe.kind)
+        log(f"{name}: {cost(models[name], digits.PREPROCESSING.input_size)}")
+        fits[name] = fit(models[name], data.train, data.test, recipe, output / name, num_classes=10)
+        save(models[name], output / name, preprocessing=digits.PREPROCESSING, labels=digits.CLASSES)
+    speeds = {s.name: s for s in measure_speed(models, data.test.images[:64])}
+    results = []
+    for name, model in models.items():
+        counted = cost(model, digits.PREPROCESSING.input_size)
+        results.append(
+            ModelResult(
+                name=name,
+                accuracy=fits[name].accuracy,
+                parameters=counted.parameters,
+                macs=counted.macs,
+                images_per_second=speeds[name].images_per_second,
+                images_per_second_spread=speeds[name].spread,
+                speedup=speeds[name].ratio,
+                tokens_per_layer=counted.tokens,
+                train_seconds=fits[name].seconds,
+                history=fits[name].history,
+            )
+        )
+    shown = _one_of_each(data.test.labels)
+    _save_pictures(data, shown, output / "pictures")
+    looks = looks_at(
+        models["tokenlearner"], data.test.images[shown], data.test.labels[shown], digits.PREPROCESSING, digits.CLASSES
+    )
+    seconds = time.perf_counter() - start
+    write_report(
+        output / "report.html",
+        "What eight tokens bought",
+        f"The same small ViT, recipe and seed, on {len(data.train):,} handwritten digits, scored on {len(data.test)} "
+        f"others. From layer 3 of 4 on, the second model runs on 8 learned tokens instead of 36.",
+        results,
+        looks,
+        f"tokenlearner demo, seed {seed}, {recipe.epochs} epochs, {seconds:.0f} s in all on {hardware()}. Speed: "
+        f"forward passes of {speeds['plain'].batch_size} images, median of {speeds['plain'].rounds} alternated rounds.",
+    )
+    return write_summary(
+        output / "summary.json", seconds, results, data="sklearn digits", held_out=len(data.test), seed=seed
+    )
+
+
+def _one_of_each(labels: torch.Tensor) -> list[int]:
+    return [int((labels == digit).nonzero()[0]) for digit in labels.unique()]
+
+
+def _save_pictures(data: digits.Digits, shown: list[int], folder: Path) -> None:
+    """The pictures the report shows, as files for `tokenlearner predict` and `maps` to try."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for index in shown:
+        data.test_pictures[index].save(folder / f"digit-{int(data.test.labels[index])}.png")
