@@ -21,6 +21,8 @@ app = App(
     help="Learn a few tokens from a feature map and run every later layer of a vision transformer on those.\n\n"
     "Example: `tokenlearner demo`",
     version=__version__,
+    default_parameter=Parameter(negative_iterable=()),  # no --optimizer.empty-betas
+    suppress_keyboard_interrupt=False,  # main says that it stopped
     help_format="markdown",
 )
 
@@ -107,7 +109,7 @@ def evaluate(
         rows += [("top-5", f"{result.top5:.2%}")] if result.top5 is not None else []
         rows.append(("mean per class", f"{result.to_dict()['mean_per_class']:.2%}"))
         print_table(("", which), rows)
-        warn_damaged([d._asdict() for d in result.damaged])
+        warn_damaged(result.to_dict()["damaged"])
 
     show(result.to_dict(), json, table)
 
@@ -126,18 +128,21 @@ def predict(
 
     Example: `tokenlearner predict runs/photos holiday.jpg`
     """
-    from tokenlearner.data.images import find_images
+    from tokenlearner.data.images import Damaged, damaged_entries, find_images
     from tokenlearner.evaluation.predict import predict as run
     from tokenlearner.insertion.saving import load
 
     loaded = load(model)
     found = [path for file in files for path in find_images(file)]
     predictions = list(run(loaded, found, top=top, on_error=on_error))
+    damaged = damaged_entries(Damaged(p.file, p.error) for p in predictions if p.error)
+    if damaged["count"] == len(predictions):
+        warn_damaged(damaged)
+        raise InputError(f"none of the {len(predictions)} files could be read")
     rows = [
-        {"file": p.file, "error": p.error}
-        if p.error
-        else {"file": p.file, "predictions": [{"label": name, "probability": value} for name, value in p.labels]}
+        {"file": p.file, "predictions": [{"label": name, "probability": value} for name, value in p.labels]}
         for p in predictions
+        if not p.error
     ]
 
     def table() -> None:
@@ -145,12 +150,9 @@ def predict(
             (p.file, "  ".join(f"{name} {value:.1%}" for name, value in p.labels)) for p in predictions if not p.error
         ]
         print_table(("file", f"top {top}"), shown)
-        warn_damaged([{"path": p.file, "reason": p.error} for p in predictions if p.error])
+        warn_damaged(damaged)
 
-    damaged = sum(1 for p in predictions if p.error)
     show({"predictions": rows, "damaged": damaged}, json, table)
-    if predictions and damaged == len(predictions):
-        raise InputError(f"none of the {damaged} files could be read")
 
 
 @app.command
@@ -174,7 +176,10 @@ def cost(
     from tokenlearner.inspection.cost import cost as count
 
     built = open_model(model, tokens, at, kind, fuser, extra_layers)
-    counted = count(built, input_size or own_input_size(built))
+    try:
+        counted = count(built, input_size or own_input_size(built))
+    except ValueError as error:
+        raise InputError(str(error)) from error
 
     def table() -> None:
         rows = [
@@ -190,6 +195,33 @@ def cost(
         print(counted)
 
     show(counted.to_dict(), json, table)
+
+
+@app.command
+def paper(*, json: Json = False) -> None:
+    """Show every printed cost of the paper's image models beside our count, and where the paper contradicts itself.
+
+    Example: `tokenlearner paper`
+    """
+    from tokenlearner.models import paper_rows
+
+    rows = paper_rows()
+
+    def table() -> None:
+        shown = [
+            (
+                row["table"],
+                row["name"],
+                f"{row['printed']:g}",
+                f"{row['counted']:.4g} {row['unit']}",
+                f"{row['ratio']:.3f}",
+                "" if row["fits"] else row["note"] or "does not fit",
+            )
+            for row in rows
+        ]
+        print_table(("table", "model", "printed", "counted", "ratio", "note"), shown)
+
+    show(rows, json, table)
 
 
 @app.command
@@ -220,7 +252,7 @@ def maps(
         print_table(
             ("sheet", "pictures"), [(str(s.path), ", ".join(Path(f).name for f in s.files)) for s in sheets.sheets]
         )
-        warn_damaged([{"path": d.path, "reason": d.reason} for d in sheets.damaged])
+        warn_damaged(sheets.to_dict()["damaged"])
 
     show(sheets.to_dict(), json, table)
 
@@ -237,6 +269,10 @@ def open_model(
         return load(name)
     from tokenlearner.training.train import build_model
 
+    if os.sep in name:
+        raise InputError(f"there is no folder {name}; give a saved model's folder or a name of timm's")
+    if tokens is None and (fuser or extra_layers):
+        raise InputError("--fuser and --extra-layers go with --tokens, which says that there is a TokenLearner")
     recipe = CommandLineRecipe(model=name, tokens=tokens or 0, at=at, kind=kind, fuser=fuser, extra_layers=extra_layers)
     return build_model(plain_recipe(recipe), num_classes=None, on="meta")
 
@@ -248,7 +284,7 @@ def own_input_size(model: Any) -> tuple[int, ...]:
     return preprocessing.input_size if preprocessing else (3, 224, 224)
 
 
-def show(document: dict[str, Any], as_json: bool, table: Callable[[], None]) -> None:
+def show(document: Any, as_json: bool, table: Callable[[], None]) -> None:
     if as_json:
         print(json.dumps(document, indent=2))
     else:
@@ -265,8 +301,7 @@ def print_models(summary: dict[str, Any], last: str) -> None:
         for row in summary["models"]
     ]
     print_table(COLUMNS, [cells(model, models[0]) for model in models])
-    damaged = summary.get("damaged", {"files": []})
-    warn_damaged([{"path": d["file"], "reason": d["reason"]} for d in damaged["files"]])
+    warn_damaged(summary.get("damaged"))
     print(f"{summary['seconds']:.0f} s in all; {last}")
 
 
@@ -275,22 +310,22 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     from rich.table import Table
 
     table = Table(*columns)
-    for column in table.columns[1:]:
+    for column in table.columns:
         column.overflow = "fold"
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(cell.encode(errors="backslashreplace").decode() for cell in row))  # file names may not be UTF-8
     width = None if sys.stdout.isatty() else 160  # a pipe has no width, and rich would take 80
-    Console(width=width, highlight=False).print(table)
+    Console(width=width, highlight=False, markup=False, emoji=False).print(table)  # [red] is a folder, no colour
 
 
-def warn_damaged(damaged: Sequence[dict[str, Any]], most: int = 10) -> None:
-    if not damaged:
+def warn_damaged(damaged: dict[str, Any] | None, most: int = 10) -> None:
+    if not damaged or not damaged["count"]:
         return
-    print(f"{len(damaged)} damaged {'file' if len(damaged) == 1 else 'files'} skipped:", file=sys.stderr)
-    for entry in damaged[:most]:
-        print(f"  {entry['path']}: {entry['reason']}", file=sys.stderr)
-    if len(damaged) > most:
-        print(f"  … and {len(damaged) - most} more", file=sys.stderr)
+    print(f"{damaged['count']} damaged {'file' if damaged['count'] == 1 else 'files'} skipped:", file=sys.stderr)
+    for entry in damaged["files"][:most]:
+        print(f"  {entry['file']}: {entry['reason']}", file=sys.stderr)
+    if damaged["count"] > most:
+        print(f"  … and {damaged['count'] - most} more", file=sys.stderr)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,7 +1,7 @@
 """Recipe files and dotted overrides, read by cyclopts both for the command line and for :func:`load_recipe`."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,10 +15,12 @@ from tokenlearner.training.recipe import Recipe
 def layer_index_or_share(_: Any, tokens: Sequence[Token]) -> int | float:
     """``6`` is a layer, ``1.0`` a share: the written form decides, where cyclopts' union would round 0.5 to 0."""
     text = tokens[0].value
-    try:
-        return int(text)
-    except ValueError:
-        return float(text)
+    for number in (int, float):
+        try:
+            return number(text)
+        except ValueError:
+            continue
+    raise ValueError(f"at is a layer, such as 6, or a share of the depth, such as 0.5, not {text!r}")
 
 
 AtArgument = Annotated[int | float, Parameter(converter=layer_index_or_share)]
@@ -74,4 +76,7 @@ def parse_recipe(path: str | Path | None, overrides: Mapping[str, object]) -> Re
 
 def plain_recipe(recipe: Recipe) -> Recipe:
     """The recipe without the command line's annotations, so that one from Python and one parsed compare equal."""
-    return Recipe(**vars(recipe))
+    plain = Recipe(**vars(recipe))
+    if str(plain.augment.auto_augment).lower() == "none":  # where a word is allowed, cyclopts takes none for one
+        plain.augment = replace(plain.augment, auto_augment=None)
+    return plain

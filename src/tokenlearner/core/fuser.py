@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tokenlearner.core._numerics import full_precision, positive_int
-from tokenlearner.core.learner import LAYER_NORM_EPS, MlpAlpha
+from tokenlearner.core.alpha import LAYER_NORM_EPS, MlpAlpha
 
 Beta = Literal["mlp", "linear"]
 
@@ -54,8 +54,8 @@ class TokenFuser(nn.Module):
         super().__init__()
         if beta not in ("mlp", "linear"):
             raise ValueError(f"beta is 'mlp' or 'linear', not {beta!r}")
-        self.dim = positive_int("dim", dim)
-        self.num_tokens = positive_int("num_tokens", num_tokens)
+        self.dim = dim = positive_int("dim", dim)
+        self.num_tokens = num_tokens = positive_int("num_tokens", num_tokens)
         self.num_frames = None if num_frames is None else positive_int("num_frames", num_frames)
         hidden_dim = positive_int("hidden_dim", hidden_dim)
         self.residual = residual

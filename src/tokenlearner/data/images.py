@@ -12,7 +12,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from PIL import Image
@@ -204,6 +204,12 @@ class ImageFiles(Dataset[Sample | Damaged]):
                 raise
             return Damaged(damaged.path, damaged.reason)
         return self.transform(picture), self.images.labels[i], i
+
+
+def damaged_entries(damaged: Iterable[Damaged]) -> dict[str, Any]:
+    """The damaged files as every summary and JSON document lists them."""
+    files = [{"file": entry.path, "reason": entry.reason} for entry in damaged]
+    return {"count": len(files), "files": files}
 
 
 class Batch(NamedTuple):

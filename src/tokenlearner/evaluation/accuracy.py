@@ -12,7 +12,15 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 
-from tokenlearner.data.images import Damaged, ImageFiles, LabelledImages, collate, find_splits, scan_class_folders
+from tokenlearner.data.images import (
+    Damaged,
+    ImageFiles,
+    LabelledImages,
+    collate,
+    damaged_entries,
+    find_splits,
+    scan_class_folders,
+)
 from tokenlearner.errors import InputError
 from tokenlearner.insertion.saving import Preprocessing
 
@@ -39,7 +47,7 @@ class Accuracy:
             "per_class": self.per_class,
             "images": self.images,
             "which": self.which,
-            "damaged": {"count": len(self.damaged), "files": [d._asdict() for d in self.damaged]},
+            "damaged": damaged_entries(self.damaged),
         }
 
 
@@ -59,6 +67,8 @@ def evaluate(
     Raises:
         InputError: The model carries no preprocessing, or no image could be decoded.
     """
+    if batch_size < 1 or workers < 0:
+        raise InputError(f"batch_size must be at least 1 and workers at least 0, not {batch_size} and {workers}")
     preprocessing = needed_preprocessing(model)
     loader = DataLoader(
         ImageFiles(images, preprocessing.transform(), on_error=on_error),

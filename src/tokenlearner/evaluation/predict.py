@@ -11,7 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tokenlearner.data.images import Damaged, ImageFiles, LabelledImages, collate
+from tokenlearner.data.images import Damaged, ImageFiles, LabelledImages, collate, damaged_entries
+from tokenlearner.errors import InputError
 from tokenlearner.evaluation.accuracy import needed_preprocessing
 from tokenlearner.insertion.insert import attention_maps
 from tokenlearner.inspection.maps import draw_sheet, picture_of
@@ -33,6 +34,8 @@ def predict(
     model: nn.Module, files: Sequence[Path], *, top: int = 5, batch_size: int = 32, on_error: OnError = "skip"
 ) -> Iterator[Prediction]:
     """Yields one prediction per file, in order; damaged files come back with their error, or raise it."""
+    if top < 1:
+        raise InputError(f"top must be at least 1, not {top}")
     names = getattr(model, "label_names", None)
     for paths, x, damaged in batches(model, files, batch_size, on_error):
         probabilities = model(x).float().softmax(dim=-1) if len(x) else torch.empty(0)
@@ -62,7 +65,7 @@ class Sheets:
     def to_dict(self) -> dict[str, Any]:
         return {
             "sheets": [{"path": str(sheet.path), "files": list(sheet.files)} for sheet in self.sheets],
-            "damaged": [damaged._asdict() for damaged in self.damaged],
+            "damaged": damaged_entries(self.damaged),
         }
 
 

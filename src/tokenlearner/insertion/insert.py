@@ -5,8 +5,7 @@ Knows no particular host; what differs between libraries is in the adapter :func
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any, TypeVar, cast
 
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 
 from tokenlearner.core.fuser import Reproject, TokenFuser, Unpool
 from tokenlearner.core.learner import Kind, Pool, TokenLearner
-from tokenlearner.insertion.layers import FusedLayer, GridRecord, LearnTokens, split_prefix
+from tokenlearner.insertion.layers import FusedLayer, GridRecord, LearnTokens, drop_hooks, evaluating, split_prefix
 from tokenlearner.insertion.spec import FUSERS, FuserKind, Insertion, resolve_at
 from tokenlearner.insertion.timm import TimmViT, is_compiled
 
@@ -165,6 +164,7 @@ def attention_maps(model: nn.Module, images: Float[Tensor, "b c height width"]) 
     Raises:
         ValueError: The model has no TokenLearner, or its kind has no maps.
     """
+    model = getattr(model, "_orig_mod", model)  # what torch.compile returned wraps the model; hooks go into the latter
     carriers = _carriers(model)
     if not carriers:
         raise ValueError(f"{type(model).__name__} has no TokenLearner; insert(model) one first")
@@ -173,7 +173,7 @@ def attention_maps(model: nn.Module, images: Float[Tensor, "b c height width"]) 
     def keep(index: int, module: nn.Module, args: tuple[Any, ...]) -> None:
         count, record = _context(module)
         _, X = split_prefix(args[0], count)
-        found[index] = module.token_learner.maps(X, record.read(X.shape[1]))  # type: ignore[union-attr, operator]
+        found[index] = module.token_learner.maps(X, record.read(args[0], X.shape[1]))  # type: ignore[union-attr, operator]
 
     handles = [
         carrier.register_forward_pre_hook(lambda m, a, i=index: keep(i, m, a), prepend=True)
@@ -199,36 +199,11 @@ def host_of(model: nn.Module) -> TimmViT:
     raise TypeError(TimmViT.why_not(model))
 
 
-@contextmanager
-def evaluating(model: nn.Module) -> Iterator[None]:
-    """Eval mode inside, every module's own mode again outside."""
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, training in modes:
-            module.training = training
-            if isinstance(module, FusedLayer):
-                module.block.training = training
-
-
 def _uncompiled(model: nn.Module) -> AbstractContextManager[object]:
     """A context in which a compiled model runs eagerly: compiled code does not see hooks that came later."""
     if any(is_compiled(module) for module in model.modules()):
         return torch.compiler.set_stance("force_eager")
     return nullcontext()
-
-
-def drop_hooks(module: nn.Module, kind: type) -> None:
-    """Removes a module's hooks of one class; handles don't survive deepcopy and pickle, the hooks do."""
-    for hooks, flags in (
-        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
-        (module._forward_hooks, module._forward_hooks_with_kwargs),
-    ):
-        for key in [key for key, hook in hooks.items() if isinstance(hook, kind)]:
-            del hooks[key]
-            flags.pop(key, None)
 
 
 def _carriers(model: nn.Module) -> list[tuple[int, nn.Module]]:

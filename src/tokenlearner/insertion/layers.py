@@ -10,7 +10,9 @@ either side (``load_state_dict(assign=True)``, ``to_empty``, sharding) is replac
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
@@ -18,44 +20,32 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tokenlearner.core._numerics import in_recomputation
+from tokenlearner.core.alpha import Grid
 from tokenlearner.core.fuser import Unpool
-from tokenlearner.core.learner import Grid, TokenLearner
+from tokenlearner.core.learner import TokenLearner
+
+MOST_PENDING_INPUTS = 4096  # inputs of checkpointed layers that can wait for their backward at once
 
 
 class GridRecord:
     """The (h, w) of the images now passing through a host, as its patch embedding saw them.
 
-    Gradient checkpointing runs a block again during backward, when another image size may have passed since; the
-    sizes of pending forwards are therefore kept by their number of positions.
+    Gradient checkpointing runs a layer again during backward, when images of another size may have passed since. What
+    it hands the layer then is the input it kept, so grids are also remembered by the address of that input: as long as
+    a backward is to come the input is alive, and no other can have its address.
     """
 
     def __init__(self) -> None:
         self.current: Grid | None = None
-        self._pending: dict[int, Grid] = {}
-        self._ambiguous: set[int] = set()
-        self._recomputed = False
+        self._in_recomputation = False  # whether current was noted in one, because all of the host is checkpointed
+        self._by_input: OrderedDict[int, Grid] = OrderedDict()
 
     def note(self, grid: Grid) -> None:
-        self.current = grid
-        if torch.compiler.is_compiling() or not torch.is_grad_enabled():
-            return
-        if self._recomputed:  # a backward has run since: earlier forwards are done with
-            self._pending, self._ambiguous, self._recomputed = {}, set(), False
-        positions = grid[0] * grid[1]
-        if self._pending.setdefault(positions, grid) != grid:
-            self._ambiguous.add(positions)
+        self.current, self._in_recomputation = grid, in_recomputation()
 
-    def read(self, positions: int) -> Grid:
-        if in_recomputation():
-            self._recomputed = True
-            if positions in self._ambiguous:
-                raise RuntimeError(
-                    f"gradient checkpointing can't tell which of two image shapes with {positions} patches it "
-                    "recomputes; call backward before the next forward"
-                )
-            grid = self._pending.get(positions, self.current)
-        else:
-            grid = self.current
+    def read(self, x: Float[Tensor, "b m d"], positions: int) -> Grid:
+        """The grid of ``x``, a layer's input with ``positions`` tokens on the grid."""
+        grid = self._remembered(x) if torch.is_grad_enabled() and not torch.compiler.is_compiling() else self.current
         if grid is None:
             raise RuntimeError("the host's patch embedding has not run, so the grid of its tokens is not known")
         if grid[0] * grid[1] != positions:
@@ -64,6 +54,22 @@ class GridRecord:
                 "reached the TokenLearner; something in between (patch dropout, say) took or added some"
             )
         return grid
+
+    def _remembered(self, x: Tensor) -> Grid | None:
+        try:
+            address = x.data_ptr()
+        except RuntimeError:  # a tensor without storage, of torch.func or of a tracer
+            return self.current
+        if in_recomputation():
+            if self._in_recomputation:
+                return self.current
+            return self._by_input.get(address, self.current)
+        if self.current is not None:
+            self._by_input[address] = self.current
+            self._by_input.move_to_end(address)
+            if len(self._by_input) > MOST_PENDING_INPUTS:
+                self._by_input.popitem(last=False)
+        return self.current
 
 
 class LearnTokens:
@@ -79,11 +85,11 @@ class LearnTokens:
     def __call__(
         self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        refuse_masks(kwargs)
+        refuse_masks(args[1:], kwargs)
         learner = module.token_learner
         assert isinstance(learner, TokenLearner)
         prefix, X = split_prefix(args[0], self.num_prefix_tokens)
-        Z = learner(X, self.record.read(X.shape[1]))
+        Z = learner(X, self.record.read(args[0], X.shape[1]))
         return (join_prefix(prefix, Z), *args[1:]), kwargs
 
 
@@ -109,9 +115,9 @@ class FusedLayer(nn.Module):
         self.record = record
 
     def forward(self, x: Float[Tensor, "b n d"], *args: Any, **kwargs: Any) -> Float[Tensor, "b n d"]:
-        refuse_masks(kwargs)
+        refuse_masks(args, kwargs)
         prefix, X = split_prefix(x, self.num_prefix_tokens)
-        grid = self.record.read(X.shape[1])
+        grid = self.record.read(x, X.shape[1])
         unpool = isinstance(self.token_fuser, Unpool)
         Z, A = self.token_learner.tokens_and_maps(X, grid) if unpool else (self.token_learner(X, grid), None)
         out = self.block(join_prefix(prefix, Z), *args, **kwargs)
@@ -143,7 +149,8 @@ class NoteGrid:
         if output.ndim == 4:  # (b, h, w, d): flattened later, after the position embedding
             self.record.note((output.shape[1], output.shape[2]))
         else:
-            dynamic_feat_size = cast(Callable[..., Grid], module.dynamic_feat_size)
+            # As a string: torch.compile can't trace Callable[...].
+            dynamic_feat_size = cast("Callable[..., Grid]", module.dynamic_feat_size)
             self.record.note(dynamic_feat_size(args[0].shape[-2:]))
 
 
@@ -155,10 +162,37 @@ def join_prefix(prefix: Tensor | None, tokens: Float[Tensor, "b n d"]) -> Float[
     return tokens if prefix is None else torch.cat([prefix, tokens], dim=1)
 
 
-def refuse_masks(kwargs: Mapping[str, Any]) -> None:
-    if kwargs.get("attn_mask") is not None or kwargs.get("attention_mask") is not None:
+def refuse_masks(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
+    """Raises ValueError for what a layer was given besides its tokens and that only fits the full grid."""
+    masks = [*args, kwargs.get("attn_mask"), kwargs.get("attention_mask")]
+    if any(isinstance(mask, Tensor) for mask in masks):
         raise ValueError("an attention mask over the patches does not fit the learned tokens; call without a mask")
-    if kwargs.get("is_causal"):
+    if kwargs.get("is_causal") or any(arg is True for arg in args):
         raise ValueError(
             "causal attention has no meaning over learned tokens, which have no order; use is_causal=False"
         )
+
+
+@contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Eval mode inside, every module's own mode again outside."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
+            if isinstance(module, FusedLayer):
+                module.block.training = training
+
+
+def drop_hooks(module: nn.Module, kind: type) -> None:
+    """Removes a module's hooks of one class; handles don't survive deepcopy and pickle, the hooks do."""
+    for hooks, flags in (
+        (module._forward_pre_hooks, module._forward_pre_hooks_with_kwargs),
+        (module._forward_hooks, module._forward_hooks_with_kwargs),
+    ):
+        for key in [key for key, hook in hooks.items() if isinstance(hook, kind)]:
+            del hooks[key]
+            flags.pop(key, None)

@@ -11,7 +11,7 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from tokenlearner.insertion.spec import Insertion
 
 FORMAT = 1
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
+_ENTRIES: dict[str, Any] = {"host": dict, "insertion": dict | None, "preprocessing": dict | None, "labels": list | None}
 
 
 @dataclass(frozen=True)
@@ -45,26 +46,43 @@ class Preprocessing:
     def of(cls, model: nn.Module) -> Preprocessing | None:
         """What the model carries: its own, or its timm configuration at the size the model has; None if neither."""
         own = getattr(model, "preprocessing", None)
+        embed = getattr(model, "patch_embed", None)
+        size = getattr(embed, "img_size", None)
         if isinstance(own, Preprocessing):
+            if size and getattr(embed, "strict_img_size", False):  # set_input_size may have been called since
+                return replace(own, input_size=(own.input_size[0], *size))
             return own
         config = getattr(model, "pretrained_cfg", None) or {}
         if not config.get("mean"):
             return None
-        size = getattr(getattr(model, "patch_embed", None), "img_size", None) or config["input_size"][1:]
+        size, channels = size or config["input_size"][1:], getattr(model, "in_chans", 3)
+        mean, std = tuple(config["mean"]), tuple(config["std"])
+        if channels == 1:  # timm's configuration is that of the colour model
+            mean, std = (sum(mean) / len(mean),), (sum(std) / len(std),)
         return cls(
-            input_size=(getattr(model, "in_chans", 3), *size),
-            mean=tuple(config["mean"]),
-            std=tuple(config["std"]),
+            input_size=(channels, *size),
+            mean=mean,
+            std=std,
             interpolation=config.get("interpolation") or "bicubic",
             crop_pct=config.get("crop_pct") or 0.875,
             crop_mode=config.get("crop_mode") or "center",
         )
 
     def transform(self) -> Callable[[Any], Tensor]:
-        """The evaluation transform: PIL image → normalised tensor of ``input_size``."""
-        from timm.data import create_transform
+        """The evaluation transform: RGB PIL image → normalised tensor of ``input_size``, grey for one channel.
 
-        return create_transform(**asdict(self), is_training=False)
+        Raises:
+            InputError: The model takes neither one nor three channels.
+        """
+        from timm.data import create_transform
+        from torchvision.transforms import Compose, Grayscale
+
+        prepare = create_transform(**asdict(self), is_training=False)
+        if self.input_size[0] == 1:
+            return Compose([Grayscale(1), prepare])
+        if self.input_size[0] != 3:
+            raise InputError(f"pictures have 1 or 3 channels, and the model takes {self.input_size[0]}")
+        return prepare
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
@@ -88,28 +106,36 @@ def save(
     what the model carries as ``model.preprocessing`` and ``model.label_names``, or to its timm configuration.
 
     Raises:
-        InputError: The host can't be described so that it can be built again, or the number of labels is off.
+        InputError: The model can't be described so that it can be built again (no timm ViT, or changed by hand), has no
+            weights, or the number of labels is off.
     """
     folder = Path(folder)
     labels = list(labels) if labels is not None else list(getattr(model, "label_names", None) or [])
-    outputs = getattr(model, "num_classes", None)
-    if labels and outputs is not None and len(labels) != outputs:
-        raise InputError(f"the model has {outputs} outputs, but {len(labels)} labels were given")
+    _check_labels(labels, model)
+    if any(t.is_meta for t in model.state_dict().values()):
+        raise InputError("the model is on the meta device, so it has no weights to save")
     spec, preparation = insertion_of(model), preprocessing or Preprocessing.of(model)
     from tokenlearner import __version__
 
+    insertion = spec.to_dict() if spec else None
+    built = {"host": describe_host(model, lambda host: _build(host, insertion)), "insertion": insertion}
     config = {
         "format": FORMAT,
         "versions": {"tokenlearner": __version__, "timm": timm.__version__, "torch": torch.__version__},
-        "host": describe_host(model),
-        "insertion": spec.to_dict() if spec else None,
+        **built,
         "preprocessing": asdict(preparation) if preparation else None,
         "labels": labels or None,
     }
-    folder.mkdir(parents=True, exist_ok=True)
     state = {name: t.detach().cpu().contiguous() for name, t in model.state_dict().items()}
-    _write(folder / WEIGHTS, safetensors.torch.save(state, metadata={"format": "pt"}))
-    _write(folder / CONFIG, json.dumps(config, indent=2).encode())
+    # The weights file says what it was saved from: an edited num_heads or at would fit the shapes of its tensors too.
+    metadata = {"format": "pt", **{key: json.dumps(value) for key, value in built.items()}}
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(
+        {
+            folder / WEIGHTS: safetensors.torch.save(state, metadata=metadata),
+            folder / CONFIG: json.dumps(config, indent=2).encode(),
+        }
+    )
     return folder
 
 
@@ -123,22 +149,52 @@ def load(folder: str | Path) -> nn.Module:
     """
     folder = Path(folder)
     config = _read_config(folder)
-    model = build_host(config["host"])
-    if config["insertion"] is not None:
-        insert(model, **_insertion(config["insertion"], model).to_insert_arguments())
-    try:
-        state = safetensors.torch.load_file(folder / WEIGHTS)
-    except FileNotFoundError:
-        raise InputError(f"{folder} has no {WEIGHTS}; a saved model is a folder with {CONFIG} and {WEIGHTS}") from None
-    except (OSError, safetensors.SafetensorError) as error:
-        raise InputError(f"{folder / WEIGHTS} is damaged: {error}") from error
+    model = _build(config["host"], config["insertion"])
+    state, saved_from = _read_weights(folder)
     if mismatch := _mismatch(model.state_dict(), state):
         raise InputError(f"{folder / WEIGHTS} does not fit {CONFIG}: {mismatch}")
+    for key, saved in saved_from.items():
+        if changed := _changes(saved or {}, config[key] or {}):
+            raise InputError(f"{folder / WEIGHTS} does not fit {CONFIG}: the {key} was saved with {changed}")
     model.load_state_dict(state, assign=True)
-    values = config["preprocessing"]
+    values, labels = config["preprocessing"], config["labels"]
+    _check_labels(labels or [], model)
     model.preprocessing = Preprocessing.from_dict(values) if values else None  # type: ignore[assignment]
-    model.label_names = tuple(config["labels"]) if config["labels"] else None  # type: ignore[assignment]
+    model.label_names = tuple(labels) if labels else None  # type: ignore[assignment]
     return model.eval()
+
+
+def _build(host: dict[str, Any], insertion: Mapping[str, Any] | None) -> nn.Module:
+    """The model without numbers."""
+    with torch.device("meta"):
+        model = build_host(host)
+        if insertion is None:
+            return model
+        spec = _insertion(insertion, model)
+        try:
+            return insert(model, **spec.to_insert_arguments())
+        except (TypeError, ValueError) as error:
+            raise InputError(f"{CONFIG}: the insertion does not fit the host: {error}") from error
+
+
+def _check_labels(labels: Sequence[str], model: nn.Module) -> None:
+    outputs = getattr(model, "num_classes", None)
+    if labels and outputs is not None and len(labels) != outputs:
+        raise InputError(f"the model has {outputs} outputs, but {len(labels)} labels were given")
+
+
+def _read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """The tensors, and the host and insertion they were saved from."""
+    path = folder / WEIGHTS
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            state = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - a file is no dictionary
+        return state, {key: json.loads(metadata[key]) for key in ("host", "insertion") if key in metadata}
+    except FileNotFoundError:
+        raise InputError(f"{folder} has no {WEIGHTS}; a saved model is a folder with {CONFIG} and {WEIGHTS}") from None
+    except (OSError, ValueError, safetensors.SafetensorError) as error:
+        raise InputError(f"{path} is damaged: {error}") from error
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
@@ -152,9 +208,9 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         found = config.get("format") if isinstance(config, dict) else None
         raise InputError(f"{path} has format {found!r}; this version of tokenlearner reads format {FORMAT}")
-    for key in ("host", "insertion", "preprocessing", "labels"):
-        if key not in config:
-            raise InputError(f"{path} has no entry {key!r}, so what was saved can't be told")
+    for key, kinds in _ENTRIES.items():
+        if not isinstance(config.get(key, ...), kinds):
+            raise InputError(f"{path} has no entry {key!r} as this version writes it, so what was saved can't be told")
     return config
 
 
@@ -162,7 +218,7 @@ def _insertion(values: Mapping[str, Any], model: nn.Module) -> Insertion:
     try:
         spec = Insertion(**values)
     except TypeError as error:
-        raise InputError(f"{CONFIG}: the insertion {dict(values)!r} is not understood: {error}") from error
+        raise InputError(f"{CONFIG}: the insertion is not understood: {error}") from error
     depth = len(model.blocks)  # type: ignore[arg-type]
     if depth != spec.host_depth:
         raise InputError(
@@ -185,21 +241,32 @@ def _mismatch(expected: Mapping[str, Tensor], found: Mapping[str, Tensor]) -> st
     return "; ".join([*parts, *sorted(shapes)[:3]])
 
 
+def _changes(saved: Mapping[str, Any], found: Mapping[str, Any]) -> str:
+    """The first entries that differ, in words; a host's arguments count one by one."""
+    before, now = ({**values, **values.get("arguments", {})} for values in (saved, found))
+    changed = [key for key in {**before, **now} if key != "arguments" and before.get(key) != now.get(key)]
+    return ", ".join(f"{key} {before.get(key)!r}, not {now.get(key)!r}" for key in changed[:3])
+
+
 def _some(names: Sequence[str]) -> str:
     more = f" and {len(names) - 3} more" if len(names) > 3 else ""
     return ", ".join(names[:3]) + more
 
 
-def _write(path: Path, content: bytes) -> None:
-    """Writes a file so that it is there whole or not at all."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+def _write(files: Mapping[Path, bytes]) -> None:
+    """Writes each file so that it is there whole or not at all, and none of them before all are on the disk."""
+    temporaries: dict[Path, Path] = {}
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+        for path, content in files.items():
+            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+            temporaries[path] = Path(temporary)
+            with os.fdopen(handle, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            Path(temporary).chmod(0o644)
+        for path, temporary_path in temporaries.items():
+            temporary_path.replace(path)
+    finally:
+        for temporary_path in temporaries.values():
+            temporary_path.unlink(missing_ok=True)

@@ -11,8 +11,8 @@ from timm.models import named_apply
 from timm.models.vision_transformer import VisionTransformer, get_init_weights_vit
 from torch import nn
 
-from tokenlearner.core.learner import Grid
-from tokenlearner.insertion.layers import GridRecord, NoteGrid
+from tokenlearner.core.alpha import Grid
+from tokenlearner.insertion.layers import GridRecord, NoteGrid, drop_hooks
 from tokenlearner.insertion.spec import Insertion
 
 
@@ -81,9 +81,7 @@ class TimmViT:
         self.model.patch_embed.register_forward_hook(NoteGrid(record))
 
     def unwatch_grid(self) -> None:
-        hooks = self.model.patch_embed._forward_hooks
-        for key in [key for key, hook in hooks.items() if isinstance(hook, NoteGrid)]:
-            del hooks[key]
+        drop_hooks(self.model.patch_embed, NoteGrid)
 
     def new_identity_layer(self, index: int) -> nn.Module:
         """A fresh layer like the host's last, with its residual branches scaled by zero.

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from tokenlearner.insertion.insert import evaluating, host_of
-from tokenlearner.insertion.layers import FusedLayer
+from tokenlearner.insertion.insert import host_of
+from tokenlearner.insertion.layers import FusedLayer, evaluating
 
 
 @dataclass(frozen=True)
@@ -77,7 +77,7 @@ def cost(model: nn.Module, input_size: tuple[int, ...] = (3, 224, 224)) -> Cost:
     """Counts ``model`` on one input of ``input_size`` (no batch axis), without running it on real numbers.
 
     For the hosts ``insert`` knows, the parts are the embedding, each transformer layer (a learner and fuser count
-    with the layer they belong to, and are listed under it), and the head; for any other model its direct children.
+    with the layer they belong to), and the head; for any other model its direct children.
     Tied parameters count once.
 
     Raises:
@@ -89,7 +89,7 @@ def cost(model: nn.Module, input_size: tuple[int, ...] = (3, 224, 224)) -> Cost:
             f"input_size is one input's shape without a batch axis, such as (3, 224, 224), not {input_size!r}"
         )
     layers, parts = _parts(model)
-    state = {name: t.to("meta") for name, t in [*model.named_parameters(), *model.named_buffers()]}
+    state = {name: t.detach().to("meta") for name, t in [*model.named_parameters(), *model.named_buffers()]}
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.float32)
     counter = FlopCounterMode(display=False)
     tally = _Tally(counter)
@@ -100,10 +100,12 @@ def cost(model: nn.Module, input_size: tuple[int, ...] = (3, 224, 224)) -> Cost:
         except Exception as error:
             raise ValueError(f"{type(model).__name__} can't take an input of {size}: {error}") from error
     total = _macs(counter)
-    rows = [
-        LayerCost(name, sum(p.numel() for p in module.parameters()), tally.macs.get(name, 0), tally.tokens.get(name))
-        for name, module in parts.items()
-    ]
+    counted: set[nn.Parameter] = set()  # a tied parameter counts where it comes first
+    rows = []
+    for name, module in parts.items():
+        own = set(module.parameters()) - counted
+        counted |= own
+        rows.append(LayerCost(name, sum(p.numel() for p in own), tally.macs.get(name, 0), tally.tokens.get(name)))
     return Cost(
         input_size=size,
         parameters=sum(p.numel() for p in model.parameters()),

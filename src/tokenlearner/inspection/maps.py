@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,11 +20,11 @@ from tokenlearner.insertion.saving import Preprocessing
 SMALLEST_SIDE = 96  # pixels a picture is at least shown with
 
 
-def picture_of(x: Float[Tensor, "3 height width"], preprocessing: Preprocessing) -> Image.Image:
+def picture_of(x: Float[Tensor, "c height width"], preprocessing: Preprocessing) -> Image.Image:
     """The picture a model saw: its input with the normalisation undone, cropped as it was."""
     mean, std = (torch.tensor(v).reshape(-1, 1, 1) for v in (preprocessing.mean, preprocessing.std))
     pixels = (x.cpu().float() * std + mean).clamp(0, 1).mul(255).round().byte()
-    picture = Image.fromarray(pixels.permute(1, 2, 0).numpy())
+    picture = Image.fromarray(pixels.expand(3, -1, -1).permute(1, 2, 0).numpy())
     scale = -(-SMALLEST_SIDE // min(picture.size))
     return (
         picture
@@ -55,7 +56,7 @@ def draw_sheet(
     for column, picture in enumerate(pictures):
         axes[0][column].imshow(picture)
         if titles:
-            axes[0][column].set_title(_shortened(titles[column]), fontsize=8)
+            axes[0][column].set_title(_shortened(titles[column]), fontsize=8, parse_math=False)  # a$b$.png is a name
         for token in range(maps.shape[1]):
             axes[token + 1][column].imshow(overlay(picture, maps[column, token]))
     for axis in axes.flat:
@@ -65,9 +66,12 @@ def draw_sheet(
     for token in range(maps.shape[1]):
         axes[token + 1][0].set_ylabel(f"token {token + 1}", fontsize=8)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=110)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # boxes for a script it lacks will do
+        figure.savefig(path, dpi=110)
     return path
 
 
 def _shortened(title: str, length: int = 22) -> str:
+    title = title.encode(errors="backslashreplace").decode()  # file names need not be valid UTF-8
     return title if len(title) <= length else f"…{title[1 - length :]}"

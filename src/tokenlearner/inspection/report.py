@@ -10,6 +10,7 @@ import html
 import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -112,9 +113,10 @@ def draw_curves(series: Mapping[str, Sequence[tuple[float, float]]], label: str)
         figure = Figure(figsize=(4.4, 2.9), layout="constrained")
         FigureCanvasSVG(figure)
         axis = figure.subplots()
-        for (name, points), colour in zip(series.items(), _SERIES):
+        for (name, points), colour in zip(series.items(), cycle(_SERIES)):
             if points:
-                axis.plot(*zip(*points), label=name, color=colour, linewidth=1.8)
+                dot = "o" if len(points) == 1 else None  # a line through one point is not seen
+                axis.plot(*zip(*points), label=name, color=colour, linewidth=1.8, marker=dot)
         axis.set_xlabel("epoch")
         axis.xaxis.set_major_locator(MaxNLocator(integer=True))
         axis.set_ylabel(label)
@@ -123,7 +125,8 @@ def draw_curves(series: Mapping[str, Sequence[tuple[float, float]]], label: str)
         if any(series.values()):
             axis.legend(frameon=False)
         buffer = io.StringIO()
-        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+        nothing = dict.fromkeys(("Date", "Creator", "Format", "Type"))  # they hold addresses, and the date changes
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     svg = buffer.getvalue()
     return svg[svg.index("<svg") :].replace(_INK, "currentColor")
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from tokenlearner.insertion.insert import evaluating
+from tokenlearner.insertion.layers import evaluating
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,8 @@ def measure_speed(
     """Times the forward pass of each model on ``inputs`` (b, c, h, w), in turn, ``rounds`` times.
 
     Every round runs each model for about ``seconds_per_round``, so that all see the same moments of a busy machine.
+    The models run in eval mode and are left in their own.
     """
-    for model in models.values():
-        model.eval()
     repeats = {name: _calls_for(model, inputs, seconds_per_round) for name, model in models.items()}
     rates: dict[str, list[float]] = {name: [] for name in models}
     for turn in range(rounds):
@@ -61,8 +60,9 @@ def measure_speed(
 
 def _calls_for(model: nn.Module, inputs: Tensor, seconds: float) -> int:
     """Warms up, then says how many calls fill ``seconds``."""
-    _time(model, inputs, 2)
-    return max(1, round(seconds / max(_time(model, inputs, 2) / 2, 1e-6)))
+    with evaluating(model):
+        _time(model, inputs, 2)
+        return max(1, round(seconds / max(_time(model, inputs, 2) / 2, 1e-6)))
 
 
 def _time(model: nn.Module, inputs: Tensor, calls: int) -> float:

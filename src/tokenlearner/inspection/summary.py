@@ -67,7 +67,7 @@ def cells(result: ModelResult, first: ModelResult) -> tuple[str, ...]:
 def count(number: float) -> str:
     """1,234,567 as 1.23 M."""
     for scale, unit in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= scale:
+        if number >= 0.9995 * scale:  # 999,999 is 1 M, not 1e+03 k
             return f"{number / scale:.3g} {unit}"
     return f"{number:g}"
 

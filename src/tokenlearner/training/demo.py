@@ -23,7 +23,7 @@ from tokenlearner.inspection.speed import measure_speed
 from tokenlearner.inspection.summary import ModelResult, hardware, write_summary
 from tokenlearner.training.fit import fit
 from tokenlearner.training.looks import looks_at
-from tokenlearner.training.recipe import OptimizerRecipe, Recipe
+from tokenlearner.training.recipe import OptimizerRecipe, Recipe, check_recipe
 
 RECIPE = Recipe(
     model="ViT 64 wide, 4 layers, 12×12 pixels in patches of 2",
@@ -31,7 +31,8 @@ RECIPE = Recipe(
     at=0.5,
     epochs=40,
     batch_size=32,
-    label_smoothing=0.0,
+    label_smoothing=0.1,
+    ema=0.995,
     held_out=0.25,
     workers=0,
     optimizer=OptimizerRecipe(lr=2e-3, warmup_epochs=3),
@@ -47,6 +48,7 @@ def host() -> VisionTransformer:
     model = VisionTransformer(
         img_size=12,
         patch_size=2,
+        in_chans=1,
         num_classes=10,
         embed_dim=64,
         depth=4,
@@ -71,7 +73,8 @@ def demo(
     Returns the summary; ``log`` gets a line before each model is trained.
     """
     start = time.perf_counter()
-    recipe = replace(RECIPE, seed=seed, epochs=epochs or RECIPE.epochs)
+    recipe = replace(RECIPE, seed=seed, epochs=RECIPE.epochs if epochs is None else epochs)
+    check_recipe(recipe)
     data = digits.load(recipe.held_out)
     models: dict[str, nn.Module] = {}
     fits = {}

@@ -7,16 +7,18 @@ import logging
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 from lightning.fabric.utilities.warnings import PossibleUserWarning
-from lightning.pytorch.callbacks import Callback, RichProgressBar
+from lightning.pytorch.callbacks import Callback, RichProgressBar, WeightAveraging
 from lightning.pytorch.loggers import CSVLogger
 from torch import nn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 
 from tokenlearner.data.images import Damaged, collate
@@ -50,12 +52,14 @@ def fit(
     """
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "metrics.csv").unlink(missing_ok=True)
-    classifier = Classifier(model, recipe, num_classes)
+    classifier = Classifier(model.train(), recipe, num_classes)  # Lightning leaves the mode as it is
     callbacks: list[Callback] = [RichProgressBar() if sys.stderr.isatty() else LineProgress()]
     if after_epoch is not None:
         callbacks.append(AfterEpoch(after_epoch))
+    if recipe.ema is not None:  # after AfterEpoch: it swaps the averaged weights in for validation, and out at its end
+        callbacks.append(WeightAveraging(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema)))
     start = time.perf_counter()
-    with quiet_lightning():
+    with quiet_lightning(), interruptible():
         trainer = L.Trainer(
             max_epochs=recipe.epochs,
             accelerator="auto",
@@ -81,6 +85,17 @@ def fit(
     )
 
 
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Lets Ctrl-C come out as KeyboardInterrupt, where Lightning would exit with 1 and no word."""
+    try:
+        yield
+    except SystemExit as stop:
+        if isinstance(stop.__context__, KeyboardInterrupt):
+            raise KeyboardInterrupt from stop
+        raise
+
+
 class LineProgress(Callback):
     """Ten lines a run, for logs and other places where a progress bar would be noise."""
 
@@ -97,7 +112,9 @@ class AfterEpoch(Callback):
     def __init__(self, action: Callable[[], object]) -> None:
         self.action = action
 
-    def on_validation_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+    def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        assert isinstance(pl_module, Classifier)
+        pl_module.check_epoch()  # a model gone wrong must not be saved over the last good one
         if trainer.is_global_zero:
             self.action()
 
@@ -119,6 +136,7 @@ class quiet_lightning(warnings.catch_warnings):  # noqa: N801 - reads as the con
         entered = super().__enter__()
         warnings.filterwarnings("ignore", category=PossibleUserWarning)
         warnings.filterwarnings("ignore", message="Experiment logs directory")  # the model is saved next to its log
+        warnings.filterwarnings("ignore", message=".*returned `None`")  # a batch of damaged files alone
         warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)  # Lightning 2.6 on torch 2.13
         self._levels = {name: logging.getLogger(name).level for name in ("lightning.pytorch", "lightning.fabric")}
         for name in self._levels:

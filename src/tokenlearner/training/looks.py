@@ -17,7 +17,7 @@ from tokenlearner.inspection.report import Look
 @torch.inference_mode()
 def looks_at(
     model: nn.Module,
-    images: Float[Tensor, "b 3 height width"],
+    images: Float[Tensor, "b c height width"],
     labels: Int[Tensor, " b"],
     preprocessing: Preprocessing,
     names: Sequence[str],

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import lightning as L
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torchmetrics.classification import MulticlassAccuracy
@@ -28,12 +28,16 @@ class Classifier(L.LightningModule):
         self.recipe = recipe
         self.accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.damaged: dict[str, Damaged] = {}
+        self.trained = self.scored = 0  # images of this epoch
+        self.losses: Tensor | float = 0.0  # their batches' losses, added up
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         self._note_damaged(batch)
         if not len(batch.labels):
             return None
         loss = F.cross_entropy(self.model(batch.images), batch.labels, label_smoothing=self.recipe.label_smoothing)
+        self.trained += len(batch.labels)
+        self.losses = self.losses + loss.detach()
         self.log("train_loss", loss, on_step=False, on_epoch=True, prog_bar=True, batch_size=len(batch.labels))
         return loss
 
@@ -44,15 +48,34 @@ class Classifier(L.LightningModule):
         logits = self.model(batch.images)
         self.accuracy(logits, batch.labels)
         size = len(batch.labels)
-        self.log("val_loss", F.cross_entropy(logits, batch.labels), batch_size=size)
+        loss = F.cross_entropy(logits, batch.labels)
+        self.scored += size
+        self.losses = self.losses + loss
+        self.log("val_loss", loss, batch_size=size)
         self.log("val_accuracy", self.accuracy, prog_bar=True, batch_size=size)
 
-    def on_train_epoch_end(self) -> None:
-        loss = self.trainer.callback_metrics.get("train_loss")
-        if loss is not None and not torch.isfinite(loss):
+    def on_train_epoch_start(self) -> None:
+        self.trained = self.scored = 0
+        self.losses = 0.0
+
+    def on_validation_epoch_end(self) -> None:
+        self.check_epoch()
+
+    def check_epoch(self) -> None:
+        """Ends a run that has gone wrong.
+
+        Raises:
+            InputError: No image could be decoded, or the loss is no longer finite.
+        """
+        for part, images in (("training", self.trained), ("held-out", self.scored)):
+            if not images:
+                first = next(iter(self.damaged.values()), None)
+                reason = f"; the first damaged file: {first.path}: {first.reason}" if first else ""
+                raise InputError(f"none of the {part} images could be decoded{reason}")
+        if not math.isfinite(float(self.losses)):
             raise InputError(
-                f"the training loss became {loss.item()} in epoch {self.current_epoch}; lower optimizer.lr "
-                f"(now {self.recipe.optimizer.lr}), lengthen optimizer.warmup_epochs or set optimizer.clip_norm"
+                f"the loss is no longer finite in epoch {self.current_epoch + 1}; lower optimizer.lr (now "
+                f"{self.recipe.optimizer.lr}), lengthen optimizer.warmup_epochs or set optimizer.clip_norm"
             )
 
     def configure_optimizers(self) -> Any:

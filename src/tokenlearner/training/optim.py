@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from timm.models import group_parameters
+from timm.models._manipulate import group_with_matcher
 from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from torch import nn
@@ -28,12 +28,11 @@ def param_groups(
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     scales = dict.fromkeys(trained, 1.0)
     if layer_decay is not None:
-        group_of = group_parameters(model, model.group_matcher(coarse=False), reverse=True)  # type: ignore[operator]
-        depths = sorted(
-            {group for name, group in group_of.items() if name not in new}
-        )  # extra layers would add to them
-        distance = {group: len(depths) - 1 - i for i, group in enumerate(depths)}
-        scales |= {name: layer_decay ** distance[group_of[name]] for name in trained if name not in new}
+        # Grouped without what is new: an extra layer before the norm would shift every layer's distance by one.
+        own = ((name, p) for name, p in model.named_parameters() if name not in new)
+        group_of = group_with_matcher(own, model.group_matcher(coarse=False), reverse=True)  # type: ignore[operator]
+        last = max(group_of.values())
+        scales |= {name: layer_decay ** (last - group_of[name]) for name in trained if name not in new}
     undecayed: set[str] = getattr(model, "no_weight_decay", set)()
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, p in trained.items():

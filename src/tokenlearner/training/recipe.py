@@ -8,6 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from tokenlearner.errors import InputError
+
 
 @dataclass
 class OptimizerRecipe:
@@ -62,6 +64,8 @@ class Recipe:
     batch_size: int = 64
     seed: int = 0
     label_smoothing: float = 0.1
+    ema: float | None = None
+    """Decay per step of an average of the weights, which is then what is scored and saved."""
     drop_path: float = 0.0
     """Stochastic depth of the host's last layer."""
     held_out: float = 0.2
@@ -71,6 +75,14 @@ class Recipe:
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
     augment: AugmentRecipe = field(default_factory=AugmentRecipe)
+
+
+def check_recipe(recipe: Recipe) -> None:
+    for name, least in (("epochs", 1), ("batch_size", 1), ("workers", 0), ("seed", 0)):
+        if getattr(recipe, name) < least:
+            raise InputError(f"{name} must be at least {least}, not {getattr(recipe, name)}")
+    if recipe.ema is not None and not 0 <= recipe.ema < 1:
+        raise InputError(f"ema must be at least 0 and below 1, not {recipe.ema}; none for no averaging")
 
 
 def load_recipe(path: str | Path | None = None, **overrides: object) -> Recipe:

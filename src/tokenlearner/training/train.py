@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -16,7 +17,14 @@ import torch
 from timm.data import create_transform
 from torch import nn
 
-from tokenlearner.data.images import Damaged, ImageFiles, LabelledImages, find_splits, scan_class_folders
+from tokenlearner.data.images import (
+    Damaged,
+    ImageFiles,
+    LabelledImages,
+    damaged_entries,
+    find_splits,
+    scan_class_folders,
+)
 from tokenlearner.errors import InputError
 from tokenlearner.insertion.insert import insert, insertion_of
 from tokenlearner.insertion.saving import Preprocessing, save
@@ -26,7 +34,8 @@ from tokenlearner.inspection.speed import measure_speed
 from tokenlearner.inspection.summary import ModelResult, hardware, write_summary
 from tokenlearner.training.fit import fit
 from tokenlearner.training.looks import looks_at
-from tokenlearner.training.recipe import AugmentRecipe, Recipe
+from tokenlearner.training.optim import build_optimizer
+from tokenlearner.training.recipe import AugmentRecipe, Recipe, check_recipe
 
 HELD_OUT = "held_out.json"  # the files a run kept for evaluation, relative to its data
 
@@ -53,16 +62,21 @@ def train(
         InputError: Data, model name or a size that does not fit.
     """
     start, output = time.perf_counter(), Path(output)
+    check_recipe(recipe)
     images = read_data(Path(data), recipe)
     L.seed_everything(recipe.seed, workers=True, verbose=False)
     model = build_model(recipe, len(images.train.classes))
     preprocessing = Preprocessing.of(model)
     assert preprocessing is not None, "a model of timm.create_model has a configuration"
+    with input_errors("augment"):
+        transform = training_transform(preprocessing, recipe.augment)
+    with input_errors("optimizer"):
+        build_optimizer(model, recipe.optimizer)  # fit builds its own; here it fails before a folder is written
     output.mkdir(parents=True, exist_ok=True)
     (output / "recipe.json").write_text(json.dumps(asdict(recipe), indent=2) + "\n")
     _note_held_out(images, output)
 
-    train_set = ImageFiles(images.train, training_transform(preprocessing, recipe.augment), on_error=on_error)
+    train_set = ImageFiles(images.train, transform, on_error=on_error)
     val_set = ImageFiles(images.val, preprocessing.transform(), on_error=on_error)
 
     def save_model() -> None:
@@ -112,6 +126,15 @@ def train(
     )
 
 
+@contextmanager
+def input_errors(part: str) -> Iterator[None]:
+    """For what timm and torch check themselves: their reason, and which part of the recipe it is about."""
+    try:
+        yield
+    except Exception as error:
+        raise InputError(f"the recipe's {part} does not fit: {error}") from error
+
+
 def build_model(recipe: Recipe, num_classes: int | None, on: str = "cpu") -> nn.Module:
     """The host of ``recipe`` with its TokenLearner; ``num_classes`` outputs, or the host's own number if None.
 
@@ -139,6 +162,9 @@ def build_model(recipe: Recipe, num_classes: int | None, on: str = "cpu") -> nn.
             f"timm's weights for {recipe.model} could not be fetched or used ({type(error).__name__}); "
             "check the connection, or train from scratch without pretrained"
         ) from error
+    patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1,))[0]
+    if recipe.image_size is not None and recipe.image_size % patch:
+        raise InputError(f"image_size {recipe.image_size} is no multiple of {recipe.model}'s patches of {patch} pixels")
     if recipe.tokens == 0:
         return model
     try:
@@ -174,10 +200,6 @@ def training_transform(preprocessing: Preprocessing, augment: AugmentRecipe) -> 
         mean=preprocessing.mean,
         std=preprocessing.std,
     )
-
-
-def damaged_entries(damaged: Sequence[Damaged]) -> dict[str, Any]:
-    return {"count": len(damaged), "files": [{"file": d.path, "reason": d.reason} for d in damaged]}
 
 
 def _note_held_out(images: ImageData, output: Path) -> None:
