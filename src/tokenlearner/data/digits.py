@@ -36,7 +36,7 @@ class Digits:
 
 
 class InMemoryImages(Dataset[tuple[Tensor, int, int]]):
-    """Preprocessed images (n, c, h, w) and labels; training ones are turned, shifted and scaled a little each time."""
+    """Preprocessed images (n, c, h, w) and labels; ``augment`` changes a batch of training images each time."""
 
     def __init__(self, images: Tensor, labels: Tensor, augment: Callable[[Tensor], Tensor] | None = None) -> None:
         self.images, self.labels, self.augment = images, labels, augment
@@ -45,20 +45,27 @@ class InMemoryImages(Dataset[tuple[Tensor, int, int]]):
         return len(self.labels)
 
     def __getitem__(self, index: int) -> tuple[Tensor, int, int]:
-        image = self.images[index]
-        return self.augment(image) if self.augment else image, int(self.labels[index]), index
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: list[int]) -> list[tuple[Tensor, int, int]]:
+        """A batch at once, which is how a DataLoader asks where it can."""
+        images = self.images[indices]
+        if self.augment:
+            images = self.augment(images)
+        return [(image, int(self.labels[i]), i) for image, i in zip(images, indices)]
 
 
-def jitter(image: Float[Tensor, "c h w"]) -> Float[Tensor, "c h w"]:
-    """Turns by up to 11.5°, scales by up to 12 % and shifts by up to 6 %, on a black ground.
+def jitter(images: Float[Tensor, "b c h w"]) -> Float[Tensor, "b c h w"]:
+    """Turns each image by up to 11.5°, scales it by up to 12 % and shifts it by up to 6 %, on a black ground.
 
     torchvision's RandomAffine shifts by whole pixels, which is too coarse for pictures of twelve.
     """
-    angle, scale, *shift = (2 * torch.rand(4) - 1) * torch.tensor([0.2, 0.12, 0.12, 0.12])  # 2 is the picture's width
+    draws = 2 * torch.rand(4, len(images)) - 1
+    angle, scale, x, y = draws * torch.tensor([[0.2], [0.12], [0.12], [0.12]])  # the picture is 2 wide
     cos, sin = (1 + scale) * angle.cos(), (1 + scale) * angle.sin()
-    affine = torch.stack([cos, -sin, shift[0], sin, cos, shift[1]]).reshape(1, 2, 3)
-    grid = F.affine_grid(affine, [1, *image.shape], align_corners=False)
-    return F.grid_sample(image[None] - BLACK, grid, align_corners=False)[0] + BLACK
+    affine = torch.stack([cos, -sin, x, sin, cos, y], dim=1).reshape(-1, 2, 3)
+    grid = F.affine_grid(affine, list(images.shape), align_corners=False)
+    return F.grid_sample(images - BLACK, grid, align_corners=False) + BLACK
 
 
 def load(held_out: float = 0.25, seed: int = 0) -> Digits:
