@@ -23,7 +23,7 @@ import tokenlearner
 from tokenlearner.cli import main
 from tokenlearner.inspection.summary import ModelResult, write_summary
 
-COMMANDS = ("demo", "train", "evaluate", "predict", "cost", "maps")
+COMMANDS = ("demo", "train", "evaluate", "predict", "cost", "maps", "paper")
 COLOURS = {"red": (210, 40, 40), "blue": (40, 60, 210)}
 TINY = ("--model", "test_vit", "--image-size", "32", "--tokens", "2", "--batch-size", "8", "--workers", "0")
 
@@ -207,6 +207,29 @@ def test_evaluate_all(trained, run):
     assert re.search(r"top-1 +│ 100\.00%", table.out)
     assert table.err.startswith("2 damaged files skipped:\n")
     assert all(path in table.err for path in trained.damaged)
+
+
+def test_evaluate_by_few_shots(trained, run):
+    result = run(
+        "evaluate", trained.model, trained.photos, "--protocol", "fewshot", "--shots", 3, "--workers", 0, "--json"
+    )
+    document = result.json
+    assert (result.code, document["protocol"], document["shots"]) == (0, "fewshot", 3)
+    assert document["top1"] == pytest.approx(sum(document["top1_of_draws"]) / 3)
+    assert document["images"] + document["damaged"]["count"] >= 12  # half of 24 pictures and two damaged files
+    assert document["top1"] > 0.9  # red and blue squares
+
+
+def test_evaluate_by_real_labels(trained, tmp_path, run):
+    labels = tmp_path / "real.json"
+    labels.write_text("[[0, 1], []]")
+    for i in (1, 2):
+        shutil.copy(trained.photos / "red" / "00.png", tmp_path / f"ILSVRC2012_val_{i:08}.png")
+    result = run("evaluate", trained.model, tmp_path, "--protocol", "real", "--real-labels", labels, "--json")
+    assert (result.code, result.json["top1"], result.json["images"], result.json["unlabelled"]) == (0, 1.0, 1, 1)
+    without = run("evaluate", trained.model, tmp_path, "--protocol", "real")
+    assert without.code == 1
+    assert "--real-labels" in without.err
 
 
 def test_evaluate_takes_the_val_folder(trained, tmp_path, run):

@@ -83,35 +83,59 @@ def evaluate(
     model: Path,
     data: Path,
     *,
+    protocol: Annotated[
+        Literal["top1", "real", "fewshot"],
+        Parameter(
+            help="top1: accuracy on class folders. real: ImageNet validation files against --real-labels. "
+            "fewshot: ridge regression on the frozen features of --shots images a class."
+        ),
+    ] = "top1",
     images: Annotated[
         Literal["auto", "all", "held-out"],
-        Parameter(help="Which of DATA: auto takes its val folder, else what training held out, else all."),
+        Parameter(help="top1: which of DATA; auto takes its val folder, else what training held out, else all."),
     ] = "auto",
+    real_labels: Annotated[Path | None, Parameter(help="real: ReaL's real.json.")] = None,
+    shots: Annotated[int, Parameter(help="fewshot: training images a class.")] = 5,
+    l2: Annotated[float, Parameter(help="fewshot: strength of the ridge.")] = 1.0,
+    seed: Annotated[int, Parameter(help="fewshot: which images are drawn.")] = 0,
     batch_size: int = 64,
     workers: int = 2,
     on_error: OnError = "skip",
     json: Json = False,
 ) -> None:
-    """Score a saved model on class folders.
+    """Score a saved model.
 
     Example: `tokenlearner evaluate runs/photos photos`
     """
-    from tokenlearner.evaluation.accuracy import evaluate as run
-    from tokenlearner.evaluation.accuracy import images_to_score
+    from tokenlearner.evaluation.protocols import score
     from tokenlearner.insertion.saving import load
 
-    loaded = load(model)
-    chosen, which = images_to_score(loaded, model, data, images)
-    result = run(loaded, chosen, which=which, batch_size=batch_size, workers=workers, on_error=on_error)
+    result = score(
+        load(model),
+        model,
+        data,
+        protocol=protocol,
+        images=images,
+        real_labels=real_labels,
+        shots=shots,
+        l2=l2,
+        seed=seed,
+        batch_size=batch_size,
+        workers=workers,
+        on_error=on_error,
+    )
 
     def table() -> None:
-        rows = [("images", f"{result.images:,}"), ("top-1", f"{result.top1:.2%}")]
-        rows += [("top-5", f"{result.top5:.2%}")] if result.top5 is not None else []
-        rows.append(("mean per class", f"{result.to_dict()['mean_per_class']:.2%}"))
-        print_table(("", which), rows)
-        warn_damaged(result.to_dict()["damaged"])
+        names = {"top1": "top-1", "top5": "top-5", "mean_per_class": "mean per class"}
+        rows = [
+            (names.get(key, key), f"{value:.2%}" if key in names else f"{value:,}")
+            for key, value in result.items()
+            if isinstance(value, int | float)
+        ]
+        print_table((protocol, result.get("which", str(data))), rows)
+        warn_damaged(result["damaged"])
 
-    show(result.to_dict(), json, table)
+    show(result, json, table)
 
 
 @app.command

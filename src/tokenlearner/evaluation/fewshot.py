@@ -61,11 +61,19 @@ def few_shot(
 ) -> FewShot:
     """Accuracy on ``test`` of ridge classifiers fitted to ``shots`` images a class of ``train``, for several draws.
 
+    Damaged files are left out and named, not replaced: a draw with one has a shot less.
+
     Raises:
-        InputError: A class has fewer readable images than ``shots``, or the two sets' classes differ.
+        InputError: A class has fewer images than ``shots``, a draw has no readable one, the two sets' classes differ,
+            or a setting makes no sense.
     """
+    if shots < 1 or draws < 1 or l2 <= 0:
+        raise InputError(f"shots and draws must be at least 1 and l2 above 0, not {shots}, {draws} and {l2}")
     if train.classes != test.classes:
         raise InputError(f"the two sets have different classes: {train.classes[:5]} … and {test.classes[:5]} …")
+    present = set(train.labels)
+    if missing := [name for label, name in enumerate(train.classes) if label not in present]:
+        raise InputError(f"{len(missing)} classes have no image to train on, the first: {missing[0]}")
     drawn = [draw_shots(train.labels, shots, np.random.default_rng((seed, draw))) for draw in range(draws)]
     needed = sorted({index for indices in drawn for index in indices})
     features, labels, kept, broken = extract(model, train.subset(needed), batch_size, workers)
@@ -73,7 +81,9 @@ def few_shot(
     test_features, test_labels, _, test_broken = extract(model, test, batch_size, workers)
     scores = []
     for indices in drawn:
-        rows = torch.tensor([place[index] for index in indices if index in place])
+        rows = [place[index] for index in indices if index in place]
+        if not rows:
+            raise InputError(f"none of the {len(indices)} images of a draw could be decoded")
         weight, bias = ridge(features[rows], labels[rows], len(train.classes), l2)
         guesses = (test_features.double() @ weight + bias).argmax(dim=-1)
         scores.append(float((guesses == test_labels).double().mean()))

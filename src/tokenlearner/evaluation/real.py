@@ -19,7 +19,7 @@ from tokenlearner.data.images import Damaged, damaged_entries
 from tokenlearner.errors import InputError
 from tokenlearner.evaluation.predict import OnError, batches
 
-_NAME = re.compile(r"ILSVRC2012_val_(\d{8})(?:\.|$)")
+_NAME = re.compile(r"ILSVRC2012_val_(\d{8})(?:[._]|$)")  # some copies append _n01440764
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ def read_real_labels(path: str | Path) -> list[list[int]]:
     except (OSError, ValueError) as error:
         raise InputError(f"{path} is not readable as ReaL labels: {error}") from error
     if not isinstance(labels, list) or not all(
-        isinstance(entry, list) and all(isinstance(label, int) for label in entry) for entry in labels
+        isinstance(entry, list) and all(type(label) is int and label >= 0 for label in entry) for entry in labels
     ):
         raise InputError(f"{path} is not a list of lists of class indices, as ReaL's real.json is")
     return labels
@@ -87,6 +87,7 @@ def evaluate_real(
     if beyond := [file for file, place in places.items() if place >= len(labels)]:
         raise InputError(f"{beyond[0]} is past the end of the {len(labels)} ReaL labels")
     labelled = [file for file in files if labels[places[file]]]
+    model.eval()
     right = scored = 0
     damaged: list[Damaged] = []
     for paths, x, reasons in batches(model, labelled, batch_size, on_error):
