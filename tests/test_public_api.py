@@ -23,6 +23,7 @@ NAMES = [
     "insertion_of",
     "learners",
     "load",
+    "param_groups",
     "remove",
     "save",
 ]
@@ -44,6 +45,10 @@ SIGNATURES = {
         "labels: 'Sequence[str] | None' = None) -> 'Path'"
     ),
     "load": "(folder: 'str | Path') -> 'nn.Module'",
+    "param_groups": (
+        "(model: 'nn.Module', *, weight_decay: 'float' = 0.05, layer_decay: 'float | None' = None) "
+        "-> 'list[dict[str, Any]]'"
+    ),
     "cost": "(model: 'nn.Module', input_size: 'tuple[int, ...]' = (3, 224, 224)) -> 'Cost'",
     "TokenLearner": (
         "(dim: 'int', num_tokens: 'int' = 8, kind: 'Kind' = 'mlp', grid: 'Grid | None' = None, *, "

@@ -29,6 +29,7 @@ _HOME = {
     "load": "insertion",
     "Preprocessing": "insertion",
     "cost": "inspection",
+    "param_groups": "training.optim",
     "Cost": "inspection",
     "InputError": "errors",
 }
@@ -49,6 +50,7 @@ __all__ = [
     "insertion_of",
     "learners",
     "load",
+    "param_groups",
     "remove",
     "save",
 ]
@@ -68,6 +70,7 @@ if TYPE_CHECKING:
     )
     from tokenlearner.insertion.insert import insert
     from tokenlearner.inspection import Cost, cost
+    from tokenlearner.training.optim import param_groups
 
 
 def __getattr__(name: str) -> Any:

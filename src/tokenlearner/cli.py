@@ -13,8 +13,14 @@ from typing import Annotated, Any, Literal
 from cyclopts import App, CycloptsError, Parameter
 
 from tokenlearner import __version__
-from tokenlearner.cli_recipe import AtArgument, CommandLineRecipe, RecipeArgument, config_reader, plain_recipe
 from tokenlearner.errors import InputError
+from tokenlearner.training.recipe_files import (
+    AtArgument,
+    CommandLineRecipe,
+    RecipeArgument,
+    config_reader,
+    plain_recipe,
+)
 
 app = App(
     name="tokenlearner",

@@ -62,8 +62,8 @@ def insert(
         TypeError: The model is no host we know.
         ValueError: It is one, but compiled, sharded, already inserted, or dropping patches; or a size does not fit.
     """
-    if insertion_of(model) is not None:
-        raise ValueError(f"the model already has {insertion_of(model).describe()}; call remove(model) first")  # type: ignore[union-attr]
+    if (present := insertion_of(model)) is not None:
+        raise ValueError(f"the model already has {present.describe()}; call remove(model) first")
     host = host_of(model)
     host.check()
     if fuser is not None and fuser not in FUSERS:

@@ -20,8 +20,8 @@ from tokenlearner.insertion.saving import save
 from tokenlearner.inspection.cost import cost
 from tokenlearner.inspection.report import write_report
 from tokenlearner.inspection.speed import measure_speed
-from tokenlearner.inspection.summary import ModelResult, hardware, write_summary
-from tokenlearner.training.fit import fit
+from tokenlearner.inspection.summary import hardware, write_summary
+from tokenlearner.training.fit import fit, result_of
 from tokenlearner.training.looks import looks_at
 from tokenlearner.training.recipe import OptimizerRecipe, Recipe, check_recipe
 
@@ -85,23 +85,8 @@ def demo(
         fits[name] = fit(models[name], data.train, data.test, recipe, output / name, num_classes=10)
         save(models[name], output / name, preprocessing=digits.PREPROCESSING, labels=digits.CLASSES)
     speeds = {s.name: s for s in measure_speed(models, data.test.images[:64])}
-    results = []
-    for name, model in models.items():
-        counted = cost(model, digits.PREPROCESSING.input_size)
-        results.append(
-            ModelResult(
-                name=name,
-                accuracy=fits[name].accuracy,
-                parameters=counted.parameters,
-                macs=counted.macs,
-                images_per_second=speeds[name].images_per_second,
-                images_per_second_spread=speeds[name].spread,
-                speedup=speeds[name].ratio,
-                tokens_per_layer=counted.tokens,
-                train_seconds=fits[name].seconds,
-                history=fits[name].history,
-            )
-        )
+    size = digits.PREPROCESSING.input_size
+    results = [result_of(name, model, fits[name], speeds[name], size) for name, model in models.items()]
     shown = _one_of_each(data.test.labels)
     _save_pictures(data, shown, output / "pictures")
     looks = looks_at(

@@ -22,6 +22,9 @@ from torch.optim.swa_utils import get_ema_multi_avg_fn
 from torch.utils.data import DataLoader, Dataset
 
 from tokenlearner.data.images import Damaged, collate
+from tokenlearner.inspection.cost import cost
+from tokenlearner.inspection.speed import Speed
+from tokenlearner.inspection.summary import ModelResult
 from tokenlearner.training.module import Classifier
 from tokenlearner.training.recipe import Recipe
 
@@ -94,6 +97,23 @@ def interruptible() -> Iterator[None]:
         if isinstance(stop.__context__, KeyboardInterrupt):
             raise KeyboardInterrupt from stop
         raise
+
+
+def result_of(name: str, model: nn.Module, fitted: Fitted, speed: Speed, input_size: tuple[int, ...]) -> ModelResult:
+    """What a run's summary and report say of one trained and measured model."""
+    counted = cost(model, input_size)
+    return ModelResult(
+        name=name,
+        accuracy=fitted.accuracy,
+        parameters=counted.parameters,
+        macs=counted.macs,
+        images_per_second=speed.images_per_second,
+        images_per_second_spread=speed.spread,
+        speedup=speed.ratio,
+        tokens_per_layer=counted.tokens,
+        train_seconds=fitted.seconds,
+        history=fitted.history,
+    )
 
 
 class LineProgress(Callback):

@@ -91,6 +91,6 @@ def load_recipe(path: str | Path | None = None, **overrides: object) -> Recipe:
     Raises:
         InputError: The file or a key in it is not understood; names the nearest known key.
     """
-    from tokenlearner.cli_recipe import parse_recipe
+    from tokenlearner.training.recipe_files import parse_recipe
 
     return parse_recipe(path, overrides)

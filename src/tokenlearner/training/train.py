@@ -28,11 +28,10 @@ from tokenlearner.data.images import (
 from tokenlearner.errors import InputError
 from tokenlearner.insertion.insert import insert, insertion_of
 from tokenlearner.insertion.saving import Preprocessing, save
-from tokenlearner.inspection.cost import cost
 from tokenlearner.inspection.report import write_report
 from tokenlearner.inspection.speed import measure_speed
-from tokenlearner.inspection.summary import ModelResult, hardware, write_summary
-from tokenlearner.training.fit import fit
+from tokenlearner.inspection.summary import hardware, write_summary
+from tokenlearner.training.fit import fit, result_of
 from tokenlearner.training.looks import looks_at
 from tokenlearner.training.optim import build_optimizer
 from tokenlearner.training.recipe import AugmentRecipe, Recipe, check_recipe
@@ -86,21 +85,10 @@ def train(
         model, train_set, val_set, recipe, output, num_classes=len(images.train.classes), after_epoch=save_model
     )
     save_model()
-    counted = cost(model, preprocessing.input_size)
     name = "tokenlearner" if insertion_of(model) else "plain"
     batch = torch.randn(min(16, recipe.batch_size), *preprocessing.input_size)
     speed = measure_speed({name: model}, batch, rounds=5)[0]
-    result = ModelResult(
-        name=name,
-        accuracy=fitted.accuracy,
-        parameters=counted.parameters,
-        macs=counted.macs,
-        images_per_second=speed.images_per_second,
-        images_per_second_spread=speed.spread,
-        tokens_per_layer=counted.tokens,
-        train_seconds=fitted.seconds,
-        history=fitted.history,
-    )
+    result = result_of(name, model, fitted, speed, preprocessing.input_size)
     seconds = time.perf_counter() - start
     spec = insertion_of(model)
     write_report(
