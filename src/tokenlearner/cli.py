@@ -51,7 +51,7 @@ def demo(*, output: Path = Path("runs/demo"), epochs: int | None = None, seed: i
     output
         Folder for report.html, summary.json, both models and ten pictures to try them on.
     epochs
-        Fewer for a quick look; 60 when not given.
+        Fewer for a quick look; 50 when not given.
     """
     from tokenlearner.training.demo import demo as run
 
