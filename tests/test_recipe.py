@@ -232,3 +232,9 @@ def test_a_file_that_is_no_recipe_is_named(tmp_path, name, content, reason):
 def test_a_folder_is_no_recipe_file(tmp_path):
     with pytest.raises(InputError, match="there is no recipe file"):
         load_recipe(tmp_path)
+
+
+@pytest.mark.parametrize("given", ["0.5", "4.0", "four"])
+def test_tokens_are_not_rounded(given):
+    with pytest.raises(InputError, match=f"tokens.*whole number.*{given}"):
+        load_recipe(tokens=given)

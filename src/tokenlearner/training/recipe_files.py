@@ -23,6 +23,15 @@ def layer_index_or_share(_: Any, tokens: Sequence[Token]) -> int | float:
     raise ValueError(f"at is a layer, such as 6, or a share of the depth, such as 0.5, not {text!r}")
 
 
+def whole_number(_: Any, tokens: Sequence[Token]) -> int:
+    """Cyclopts would round, and ``--tokens 0.5``, meant for ``--at``, quietly train a model without a TokenLearner."""
+    try:
+        return int(tokens[0].value)
+    except ValueError:
+        raise ValueError(f"a whole number is needed, not {tokens[0].value!r}") from None
+
+
+TokensArgument = Annotated[int, Parameter(converter=whole_number)]
 AtArgument = Annotated[int | float, Parameter(converter=layer_index_or_share)]
 
 
@@ -30,6 +39,8 @@ AtArgument = Annotated[int | float, Parameter(converter=layer_index_or_share)]
 class CommandLineRecipe(Recipe):
     """The recipe with what cyclopts must know about it; training itself needs no cyclopts."""
 
+    tokens: TokensArgument = 8
+    """Tokens the TokenLearner learns; 0 trains the plain model."""
     at: AtArgument = 0.5
     """Where: an int is a layer index, a float a share of the depth, rounded down."""
 
