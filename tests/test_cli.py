@@ -220,6 +220,13 @@ def test_evaluate_by_few_shots(trained, run):
     assert document["top1"] > 0.9  # red and blue squares
 
 
+def test_few_shots_stop_at_a_damaged_file_if_told_to(trained, run):
+    options = ("--protocol", "fewshot", "--workers", 0, "--on-error", "raise")
+    result = run("evaluate", trained.model, trained.photos, *options)
+    assert result.code == 1
+    assert any(path in result.err for path in trained.damaged)
+
+
 def test_evaluate_by_real_labels(trained, tmp_path, run):
     labels = tmp_path / "real.json"
     labels.write_text("[[0, 1], []]")

@@ -27,6 +27,8 @@ IMAGE_SUFFIXES = frozenset(
     for names in ("jpg jpeg jpe jfif png webp gif bmp", "tif tiff ppm pgm pbm pnm jp2 j2k avif")
     for name in names.split()
 )
+OnError = Literal["skip", "raise"]  # what to do with a damaged file
+HELD_OUT = "held_out.json"  # in a run's folder: the files it kept for evaluation, relative to its data
 _HELD_OUT_NAMES = ("val", "valid", "validation", "test")
 
 
@@ -187,7 +189,7 @@ class ImageFiles(Dataset[Sample | Damaged]):
         self,
         images: LabelledImages,
         transform: Callable[[Image.Image], Tensor],
-        on_error: Literal["skip", "raise"] = "skip",
+        on_error: OnError = "skip",
     ) -> None:
         self.images = images
         self.transform = transform

@@ -13,9 +13,11 @@ from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 
 from tokenlearner.data.images import (
+    HELD_OUT,
     Damaged,
     ImageFiles,
     LabelledImages,
+    OnError,
     collate,
     damaged_entries,
     find_splits,
@@ -59,7 +61,7 @@ def evaluate(
     which: str = "all images",
     batch_size: int = 64,
     workers: int = 2,
-    on_error: Literal["skip", "raise"] = "skip",
+    on_error: OnError = "skip",
     device: str | torch.device = "cpu",
 ) -> Accuracy:
     """Scores ``model`` (with the preprocessing it carries) on ``images``; damaged files are left out and named.
@@ -123,7 +125,7 @@ def images_to_score(model: nn.Module, folder: Path, data: Path, images: Images =
     if val_folder is not None:
         return scan_class_folders(val_folder, names), f"the images in {val_folder.name}/"
     scanned = scan_class_folders(data, names)
-    note = folder / "held_out.json"
+    note = folder / HELD_OUT
     held_out = set(json.loads(note.read_text())["files"]) if note.is_file() else set()
     chosen = [i for i, file in enumerate(scanned.files) if file.relative_to(data).as_posix() in held_out]
     if images == "held-out" and not chosen:

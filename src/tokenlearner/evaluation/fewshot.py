@@ -17,7 +17,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from tokenlearner.data.images import Damaged, ImageFiles, LabelledImages, collate, damaged_entries
+from tokenlearner.data.images import Damaged, ImageFiles, LabelledImages, OnError, collate, damaged_entries
 from tokenlearner.errors import InputError
 from tokenlearner.evaluation.accuracy import needed_preprocessing
 
@@ -58,6 +58,7 @@ def few_shot(
     seed: int = 0,
     batch_size: int = 64,
     workers: int = 2,
+    on_error: OnError = "skip",
 ) -> FewShot:
     """Accuracy on ``test`` of ridge classifiers fitted to ``shots`` images a class of ``train``, for several draws.
 
@@ -76,9 +77,9 @@ def few_shot(
         raise InputError(f"{len(missing)} classes have no image to train on, the first: {missing[0]}")
     drawn = [draw_shots(train.labels, shots, np.random.default_rng((seed, draw))) for draw in range(draws)]
     needed = sorted({index for indices in drawn for index in indices})
-    features, labels, kept, broken = extract(model, train.subset(needed), batch_size, workers)
+    features, labels, kept, broken = extract(model, train.subset(needed), batch_size, workers, on_error)
     place = {needed[index]: row for row, index in enumerate(kept.tolist())}
-    test_features, test_labels, _, test_broken = extract(model, test, batch_size, workers)
+    test_features, test_labels, _, test_broken = extract(model, test, batch_size, workers, on_error)
     scores = []
     for indices in drawn:
         rows = [place[index] for index in indices if index in place]
@@ -122,11 +123,12 @@ def ridge(
 
 @torch.inference_mode()
 def extract(
-    model: nn.Module, images: LabelledImages, batch_size: int, workers: int
+    model: nn.Module, images: LabelledImages, batch_size: int, workers: int, on_error: OnError = "skip"
 ) -> tuple[Float[Tensor, "n d"], Int[Tensor, " n"], Int[Tensor, " n"], tuple[Damaged, ...]]:
     """What the classifier head would see of each readable image: features, labels, indices; and the damaged files."""
     transform = needed_preprocessing(model).transform()
-    loader = DataLoader(ImageFiles(images, transform), batch_size=batch_size, num_workers=workers, collate_fn=collate)
+    dataset = ImageFiles(images, transform, on_error)
+    loader = DataLoader(dataset, batch_size=batch_size, num_workers=workers, collate_fn=collate)
     model.eval()
     features, labels, indices, damaged = [], [], [], []
     for batch in loader:

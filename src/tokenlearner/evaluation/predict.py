@@ -5,19 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tokenlearner.data.images import Damaged, ImageFiles, LabelledImages, collate, damaged_entries
+from tokenlearner.data.images import Damaged, ImageFiles, LabelledImages, OnError, collate, damaged_entries
 from tokenlearner.errors import InputError
 from tokenlearner.evaluation.accuracy import needed_preprocessing
 from tokenlearner.insertion.insert import attention_maps
 from tokenlearner.inspection.maps import draw_sheet, picture_of
-
-OnError = Literal["skip", "raise"]
 
 
 @dataclass(frozen=True)
@@ -127,13 +125,9 @@ def batches(
 ) -> Iterator[tuple[Sequence[Path], Tensor, dict[Path, str]]]:
     """Files in batches: their paths, the decoded ones as one tensor, and why the others could not be."""
     transform = needed_preprocessing(model).transform()
-    dataset = ImageFiles(
-        LabelledImages(tuple(files), (0,) * len(files), ("",)),
-        transform,
-        on_error=on_error,
-    )
+    dataset = ImageFiles(LabelledImages(tuple(files), (0,) * len(files), ("",)), transform, on_error)
     for start in range(0, len(files), batch_size):
         paths = files[start : start + batch_size]
         batch = collate([dataset[i] for i in range(start, start + len(paths))])
-        reasons = {Path(d.path): d.reason for d in batch.damaged if isinstance(d, Damaged)}
+        reasons = {Path(d.path): d.reason for d in batch.damaged}
         yield paths, batch.images, reasons

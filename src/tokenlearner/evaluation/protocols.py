@@ -7,11 +7,10 @@ from typing import Any, Literal
 
 from torch import nn
 
-from tokenlearner.data.images import find_images, find_splits, scan_class_folders
+from tokenlearner.data.images import OnError, find_images, find_splits, scan_class_folders
 from tokenlearner.errors import InputError
 from tokenlearner.evaluation.accuracy import Images, evaluate, images_to_score
 from tokenlearner.evaluation.fewshot import few_shot
-from tokenlearner.evaluation.predict import OnError
 from tokenlearner.evaluation.real import evaluate_real, read_real_labels
 
 Protocol = Literal["top1", "real", "fewshot"]
@@ -53,7 +52,17 @@ def score(
             train, test = train.split(0.5, seed)
         else:
             test = scan_class_folders(val_folder, train.classes)
-        shot = few_shot(model, train, test, shots=shots, l2=l2, seed=seed, batch_size=batch_size, workers=workers)
+        shot = few_shot(
+            model,
+            train,
+            test,
+            shots=shots,
+            l2=l2,
+            seed=seed,
+            batch_size=batch_size,
+            workers=workers,
+            on_error=on_error,
+        )
         return {"protocol": protocol, **shot.to_dict()}
     chosen, which = images_to_score(model, folder, data, images)
     accuracy = evaluate(model, chosen, which=which, batch_size=batch_size, workers=workers, on_error=on_error)

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from tokenlearner.data.images import Damaged, damaged_entries
+from tokenlearner.data.images import Damaged, OnError, damaged_entries
 from tokenlearner.errors import InputError
-from tokenlearner.evaluation.predict import OnError, batches
+from tokenlearner.evaluation.predict import batches
 
 _NAME = re.compile(r"ILSVRC2012_val_(\d{8})(?:[._]|$)")  # some copies append _n01440764
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import lightning as L
 import timm
@@ -18,9 +18,11 @@ from timm.data import create_transform
 from torch import nn
 
 from tokenlearner.data.images import (
-    Damaged,
+    HELD_OUT,
     ImageFiles,
     LabelledImages,
+    OnError,
+    collate,
     damaged_entries,
     find_splits,
     scan_class_folders,
@@ -36,8 +38,6 @@ from tokenlearner.training.looks import looks_at
 from tokenlearner.training.optim import build_optimizer
 from tokenlearner.training.recipe import AugmentRecipe, Recipe, check_recipe
 
-HELD_OUT = "held_out.json"  # the files a run kept for evaluation, relative to its data
-
 
 @dataclass(frozen=True)
 class ImageData:
@@ -48,9 +48,7 @@ class ImageData:
     held_out_of: Path | None
 
 
-def train(
-    data: str | Path, recipe: Recipe, output: str | Path, *, on_error: Literal["skip", "raise"] = "skip"
-) -> dict[str, Any]:
+def train(data: str | Path, recipe: Recipe, output: str | Path, *, on_error: OnError = "skip") -> dict[str, Any]:
     """Trains ``recipe.model`` on the class folders under ``data`` and returns the summary.
 
     ``data`` holds one folder a class, or ``train`` and ``val`` folders that do. Writes to ``output``: the model after
@@ -84,7 +82,6 @@ def train(
     fitted = fit(
         model, train_set, val_set, recipe, output, num_classes=len(images.train.classes), after_epoch=save_model
     )
-    save_model()
     name = "tokenlearner" if insertion_of(model) else "plain"
     batch = torch.randn(min(16, recipe.batch_size), *preprocessing.input_size)
     speed = measure_speed({name: model}, batch, rounds=5)[0]
@@ -202,12 +199,7 @@ def _note_held_out(images: ImageData, output: Path) -> None:
 
 def _looks(model: nn.Module, val_set: ImageFiles, images: ImageData, preprocessing: Preprocessing) -> Any:
     """Eight held-out images, spread over the classes."""
-    step = max(1, len(val_set) // 8)
-    samples = [
-        sample for sample in (val_set[i] for i in range(0, len(val_set), step)) if not isinstance(sample, Damaged)
-    ]
-    if not samples or preprocessing.input_size[0] != 3:
+    batch = collate([val_set[i] for i in range(0, len(val_set), max(1, len(val_set) // 8))])
+    if not len(batch.labels):
         return ()
-    pixels = torch.stack([sample[0] for sample in samples[:8]])
-    labels = torch.tensor([sample[1] for sample in samples[:8]])
-    return looks_at(model, pixels, labels, preprocessing, images.train.classes)
+    return looks_at(model, batch.images[:8], batch.labels[:8], preprocessing, images.train.classes)
