@@ -3,6 +3,7 @@
 Codes: 0; 1 and one sentence on stderr for bad input; 2 for bad usage.
 """
 
+import csv
 import io
 import json
 import re
@@ -23,7 +24,7 @@ import tokenlearner
 from tokenlearner.cli import main
 from tokenlearner.inspection.summary import ModelResult, write_summary
 
-COMMANDS = ("demo", "train", "evaluate", "predict", "cost", "maps", "paper")
+COMMANDS = ("demo", "train", "shards", "evaluate", "predict", "cost", "maps", "paper")
 COLOURS = {"red": (210, 40, 40), "blue": (40, 60, 210)}
 TINY = ("--model", "test_vit", "--image-size", "32", "--tokens", "2", "--batch-size", "8", "--workers", "0")
 
@@ -136,7 +137,7 @@ def test_train_leaves_metrics_and_which_files_were_held_out(trained):
     rows = (trained.model / "metrics.csv").read_text().splitlines()
     summary = json.loads((trained.model / "summary.json").read_text())
     held_out = json.loads((trained.model / "held_out.json").read_text())
-    assert set(rows[0].split(",")) == {"epoch", "step", "train_loss", "val_loss", "val_accuracy"}
+    assert set(rows[0].split(",")) == {"epoch", "step", "train_loss", "val_loss", "val_accuracy", "lr"}
     assert {row.split(",")[0] for row in rows[1:]} == {"0", "1"}
     assert held_out["folder"] == "photos"
     assert all((trained.photos / name).is_file() for name in held_out["files"])
@@ -161,7 +162,8 @@ def test_the_report_needs_nothing_but_itself(trained):
 
 
 def losses(folder: Path) -> list[str]:
-    return [line.split(",")[2] for line in (folder / "metrics.csv").read_text().splitlines()[1:]]
+    with (folder / "metrics.csv").open(newline="") as file:
+        return [row["train_loss"] for row in csv.DictReader(file)]
 
 
 def test_a_seed_fixes_the_run_and_options_win_over_the_recipe_file(photos, tmp_path, run):
@@ -237,6 +239,18 @@ def test_evaluate_by_real_labels(trained, tmp_path, run):
     without = run("evaluate", trained.model, tmp_path, "--protocol", "real")
     assert without.code == 1
     assert "--real-labels" in without.err
+
+
+def test_evaluate_by_mean_average_precision(trained, tmp_path, run):
+    files = [(file, name) for name in COLOURS for file in sorted((trained.photos / name).iterdir())]
+    (tmp_path / "list.csv").write_text("file,label\n" + "".join(f"{file},{name};\n" for file, name in files))
+    arguments = ("evaluate", trained.model, tmp_path / "list.csv", "--workers", 0, "--device", "cpu")
+    result = run(*arguments, "--protocol", "map", "--json")
+    assert (result.code, result.json["protocol"], result.json["images"]) == (0, "map", 24)
+    assert result.json["average_precision"] == {"blue": 1.0, "red": 1.0}  # easily told apart
+    assert names_all(result.json["damaged"]["files"], "file", trained.damaged)
+    assert re.search(r"mean average precision +│ 100\.00%", run(*arguments, "--protocol", "map").out)
+    assert "score with --protocol map" in run(*arguments).sentence
 
 
 def test_evaluate_takes_the_val_folder(trained, tmp_path, run):
@@ -446,6 +460,9 @@ def bad_inputs() -> list:
             "names no file of {photos}; score everything with --images all",
         ),
         ("evaluate {model} {photos} --batch-size 0", "batch_size must be at least 1"),
+        ("evaluate {model} {photos} --protocol map", "exactly one class here: score with --protocol top1"),
+        ("evaluate {model} {photos} --device cuda:99", "there is no device cuda:99 here"),
+        ("evaluate {model} {photos} --device gpu", "'gpu' is not the name of a device: give auto, cpu, cuda"),
         ("predict {tmp}/empty {photos}", "it has no config.json"),
         ("predict {model} {tmp}/gone", "{tmp}/gone does not exist"),
         ("predict {model} {tmp}/empty", "{tmp}/empty holds no image"),

@@ -73,6 +73,7 @@ def test_every_field_can_be_set_from_a_file_and_from_an_override(tmp_path):
     wanted = Recipe(
         model="vit_small_patch16_224",
         pretrained=True,
+        init="runs/other",
         image_size=64,
         tokens=5,
         at=2,
@@ -81,15 +82,22 @@ def test_every_field_can_be_set_from_a_file_and_from_an_override(tmp_path):
         extra_layers=1,
         epochs=7,
         batch_size=9,
+        accumulate=3,
         seed=11,
+        loss="sigmoid",
         label_smoothing=0.2,
         ema=0.99,
         drop_path=0.1,
         held_out=0.4,
         workers=1,
         precision="bf16-mixed",
-        optimizer=OptimizerRecipe("lamb", 0.02, 0.03, (0.5, 0.6), 4.5, 1e-7, None, 0.75),
-        augment=AugmentRecipe("augmix", (0.1, 0.9), 0.25, 0.4, 0.35),
+        compile=True,
+        grad_checkpointing=True,
+        checkpoint_steps=7,
+        tensorboard=True,
+        wandb=True,
+        optimizer=OptimizerRecipe("lamb", 0.02, 0.03, (0.5, 0.6), 4.5, "linear", 1e-7, None, 0.75),
+        augment=AugmentRecipe("augmix", (0.1, 0.9), 0.25, 0.4, 0.35, 0.8, 0.9),
     )
     fields = asdict(wanted)
     same = set(flat(asdict(Recipe())).items()) & set(flat(fields).items())

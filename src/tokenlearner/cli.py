@@ -68,20 +68,69 @@ def train(
     recipe_file: Annotated[
         Path | None, Parameter(name="--recipe", help="YAML or TOML file; options given here override it.")
     ] = None,
+    resume: Annotated[
+        bool, Parameter(negative="", help="Go on with the run in --output, by its recipe, at its last checkpoint.")
+    ] = False,
     recipe: RecipeArgument = CommandLineRecipe(),  # noqa: B008 - cyclopts reads the default
     on_error: OnError = "skip",
     json: Json = False,
 ) -> None:
     """Train a ViT with learned tokens on your own pictures.
 
-    DATA holds one folder a class, or `train` and `val` folders that do.
+    DATA holds one folder a class, or `train` and `val` folders that do; or tar shards; or it is a CSV of file,label.
+    Several processes: `torchrun --nproc-per-node 8 -m tokenlearner train …`
 
     Example: `tokenlearner train photos --model vit_tiny_patch16_224 --tokens 8 --at 0.5 --output runs/photos`
     """
     from tokenlearner.training.train import train as run
 
-    summary = run(data, plain_recipe(recipe), output, on_error=on_error)
-    show(summary, json, lambda: print_models(summary, f"model and report: {output}"))
+    summary = run(data, plain_recipe(recipe), output, on_error=on_error, resume=resume)
+    if summary:  # one process of several writes
+        show(summary, json, lambda: print_models(summary, f"model and report: {output}"))
+
+
+@app.command
+def shards(
+    data: Path,
+    out: Path,
+    *,
+    size: Annotated[int, Parameter(help="Pixels of the short side; smaller pictures are left so.")] = 256,
+    per_shard: Annotated[int, Parameter(help="Pictures in a tar.")] = 1000,
+    quality: Annotated[int, Parameter(help="Of the JPEGs, 1 to 100.")] = 90,
+    on_error: OnError = "skip",
+    json: Json = False,
+) -> None:
+    """Pack pictures into a few large tars, which train and evaluate take as DATA, and webdataset's readers too.
+
+    DATA is what `train` takes. OUT is a new folder for the tars and dataset.json.
+
+    Example: `tokenlearner shards photos photos-256 --size 256`
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from tokenlearner.data.sharding import write_shards
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("pictures", total=None)
+        summary = write_shards(
+            data,
+            out,
+            size=size,
+            per_shard=per_shard,
+            quality=quality,
+            on_error=on_error,
+            progress=lambda done, total: bar.update(task, completed=done, total=total),
+        )
+
+    def table() -> None:
+        written = [shard for part in summary["splits"].values() for shard in part]
+        print_table(("shard", "samples"), [(shard["file"], f"{shard['samples']:,}") for shard in written])
+        warn_damaged(summary["damaged"])
+        print(f"{summary['images']:,} pictures of {summary['classes']} classes in {out}")
+
+    show(summary, json, table)
 
 
 @app.command
@@ -90,15 +139,16 @@ def evaluate(
     data: Path,
     *,
     protocol: Annotated[
-        Literal["top1", "real", "fewshot"],
+        Literal["top1", "map", "real", "fewshot"],
         Parameter(
-            help="top1: accuracy on class folders. real: ImageNet validation files against --real-labels. "
+            help="top1: accuracy on class folders. map: mean average precision of images with any number of classes. "
+            "real: ImageNet validation files against --real-labels. "
             "fewshot: ridge regression on the frozen features of --shots images a class."
         ),
     ] = "top1",
     images: Annotated[
         Literal["auto", "all", "held-out"],
-        Parameter(help="top1: which of DATA; auto takes its val folder, else what training held out, else all."),
+        Parameter(help="top1, map: which of DATA; auto takes its val folder, else what training held out, else all."),
     ] = "auto",
     real_labels: Annotated[Path | None, Parameter(help="real: ReaL's real.json.")] = None,
     shots: Annotated[int, Parameter(help="fewshot: training images a class.")] = 5,
@@ -107,6 +157,9 @@ def evaluate(
     batch_size: int = 64,
     workers: int = 2,
     on_error: OnError = "skip",
+    device: Annotated[
+        str, Parameter(help="auto, cpu, cuda or, say, cuda:1; auto is cuda where there is one.")
+    ] = "auto",
     json: Json = False,
 ) -> None:
     """Score a saved model.
@@ -129,10 +182,16 @@ def evaluate(
         batch_size=batch_size,
         workers=workers,
         on_error=on_error,
+        device=device,
     )
 
     def table() -> None:
-        names = {"top1": "top-1", "top5": "top-5", "mean_per_class": "mean per class"}
+        names = {
+            "top1": "top-1",
+            "top5": "top-5",
+            "mean_per_class": "mean per class",
+            "mean_average_precision": "mean average precision",
+        }
         rows = [
             (names.get(key, key), f"{value:.2%}" if key in names else f"{value:,}")
             for key, value in result.items()
@@ -297,7 +356,7 @@ def open_model(
         if tokens is not None:
             raise InputError(f"{name} is a saved model, so --tokens and what goes with it are already decided")
         return load(name)
-    from tokenlearner.training.train import build_model
+    from tokenlearner.training.build import build_model
 
     if os.sep in name:
         raise InputError(f"there is no folder {name}; give a saved model's folder or a name of timm's")
@@ -367,7 +426,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except CycloptsError:
         sys.exit(2)  # cyclopts has printed what was wrong
     except (InputError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
-        print(f"tokenlearner: {error}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # torchrun's other processes would say the same
+            print(f"tokenlearner: {error}", file=sys.stderr)
         sys.exit(1)
     except BrokenPipeError:  # the reader of our output (head, say) has gone
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -219,6 +219,29 @@ def test_split_depends_on_the_seed_only():
     assert [path.stem for path in labelled(8, 8).split(0.25, 0)[1].files] == ["000", "007", "001", "007"]
 
 
+def test_multi_label_images_are_split_as_one_group():
+    files = tuple(Path(f"{i:02}.jpg") for i in range(20))
+    images = LabelledImages(files, ((0,), (), (0, 1), (2,)) * 5, ("a", "b", "c"))
+    assert images.multilabel
+    train, val = images.split(0.3, 1)
+    assert (len(train), len(val)) == (14, 6)  # by class, of five images each, it would be 8
+    assert sorted(train.files + val.files) == list(files)
+    label_of = dict(zip(images.files, images.labels))
+    assert [label_of[file] for part in (train, val) for file in part.files] == list(train.labels + val.labels)
+    backwards = images.subset(range(19, -1, -1))
+    assert set(backwards.split(0.3, 1)[1].files) == set(val.files) != set(images.split(0.3, 2)[1].files)
+    with pytest.raises(InputError, match="none of 1 images"):
+        images.subset([0]).split(0.5, 0)
+
+
+def test_as_multilabel():
+    images = labelled(1, 2)
+    assert not images.multilabel
+    several = images.as_multilabel()
+    assert several == LabelledImages(images.files, ((0,), (1,), (1,)), images.classes, images.strays)
+    assert several.as_multilabel() is several
+
+
 def test_the_classes_are_not_split_alike():
     val = labelled(40, 40).split(0.25, 1)[1]
     assert {p.stem for p in val.files if p.parent.name == "c0"} != {p.stem for p in val.files if p.parent.name == "c1"}
@@ -269,6 +292,17 @@ def test_every_good_file_comes_once_and_every_damaged_one_is_named(folder, worke
     damaged = [one for batch in batches for one in batch.damaged]
     assert sorted(one.path for one in damaged) == [str(folder.files[i]) for i in (3, 11, 27)]
     assert {one.reason for one in damaged if one.path.endswith("03.png")} == {"the file is empty"}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_multi_label_targets(folder, workers):
+    labels = tuple(((), (2,), (2, 0))[i % 3] for i in range(40))
+    images = LabelledImages(folder.files, labels, ("a", "b", "c"))
+    loader = DataLoader(ImageFiles(images, first_pixel), batch_size=40, num_workers=workers, collate_fn=collate)
+    (batch,) = loader
+    assert batch.labels.dtype == torch.float32
+    expected = [[[0, 0, 0], [0, 0, 1], [1, 0, 1]][i % 3] for i in range(40) if i not in (3, 11, 27)]
+    assert batch.labels.tolist() == expected
 
 
 def failure_of(loader: DataLoader) -> DamagedImage:

@@ -90,6 +90,7 @@ def test_summary_is_what_it_returns(tmp_path):
     assert summary["models"][0] == {
         "name": "plain",
         "accuracy": 0.97561,
+        "metric": "accuracy",
         "parameters": 1_234_567,
         "macs": 8_000_000_000,
         "flops": 16_000_000_000,

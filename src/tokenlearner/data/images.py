@@ -1,4 +1,4 @@
-"""Folders of images: found, labelled by folder, split by class, and read with the damaged files counted.
+"""Images: found in folders, labelled by folder, split by class, and read with the damaged files counted.
 
 One damaged file in a million must neither end a run nor vanish: ``ImageFiles`` hands it on as ``Damaged``, ``collate``
 carries it in the batch, and whoever counts the score can say how many images it stands for.
@@ -6,11 +6,12 @@ carries it in the batch, and whoever counts the score can say how many images it
 
 from __future__ import annotations
 
+import difflib
 import os
 import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -20,6 +21,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from tokenlearner.data.decode import DamagedImage, decode_image
+from tokenlearner.data.members import ImageSource, TarMember
 from tokenlearner.errors import InputError
 
 IMAGE_SUFFIXES = frozenset(
@@ -28,8 +30,9 @@ IMAGE_SUFFIXES = frozenset(
     for name in names.split()
 )
 OnError = Literal["skip", "raise"]  # what to do with a damaged file
+Label = int | tuple[int, ...]  # one class, or any number of them where images are multi-label
 HELD_OUT = "held_out.json"  # in a run's folder: the files it kept for evaluation, relative to its data
-_HELD_OUT_NAMES = ("val", "valid", "validation", "test")
+VAL_NAMES = ("val", "valid", "validation", "test")  # of the evaluation part beside "train"
 
 
 def find_images(path: str | Path) -> list[Path]:
@@ -77,15 +80,27 @@ def _suffixes() -> str:
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """``labels[i]`` is the position of the class of ``files[i]`` in ``classes``; ``strays`` lay in no class folder."""
+    """``labels[i]`` is the position in ``classes`` of the class of ``files[i]``, or of its classes where the images are
+    multi-label (of all or of none of them); ``strays`` lay in no class folder.
+    """
 
-    files: tuple[Path, ...]
-    labels: tuple[int, ...]
+    files: tuple[ImageSource, ...]
+    labels: tuple[Label, ...]
     classes: tuple[str, ...]
     strays: tuple[Path, ...] = ()
 
+    @property
+    def multilabel(self) -> bool:
+        return bool(self.labels) and isinstance(self.labels[0], tuple)
+
     def __len__(self) -> int:
         return len(self.files)
+
+    def as_multilabel(self) -> LabelledImages:
+        """The same images, each of one class where they were not multi-label."""
+        if self.multilabel:
+            return self
+        return replace(self, labels=tuple((label,) for label in self.labels if isinstance(label, int)))
 
     def subset(self, indices: Iterable[int]) -> LabelledImages:
         """These images in this order, of the same classes, without the strays (they belong to the scan)."""
@@ -97,18 +112,20 @@ class LabelledImages:
 
         A class with a single image stays in train. What is held out of a class depends on the seed, the class's name
         and the order of its paths, not on the order of ``files``, the folder they lie in, or the other classes.
+        Multi-label images are split as if they were one class: a rare class may be missing from a part.
         ``InputError`` unless 0 < ``held_out`` < 1 and some class has two images.
         """
         if not 0 < held_out < 1:
             raise InputError(f"held_out is {held_out}: give the share of the images to hold out, above 0 and below 1")
-        members: defaultdict[int, list[int]] = defaultdict(list)
+        members: defaultdict[str, list[int]] = defaultdict(list)
         for index in sorted(range(len(self)), key=self.files.__getitem__):
-            members[self.labels[index]].append(index)
+            label = self.labels[index]
+            members[self.classes[label] if isinstance(label, int) else ""].append(index)
         held: set[int] = set()
-        for label, indices in members.items():
+        for name, indices in members.items():
             count = min(max(round(held_out * len(indices)), 1), len(indices) - 1)  # 0 of a single image
             # A string keeps seeds 1 and -1 apart, which an integer would not; numpy may change its streams.
-            held.update(random.Random(f"{seed} {self.classes[label]}").sample(indices, count))
+            held.update(random.Random(f"{seed} {name}").sample(indices, count))
         if not held:
             raise InputError(f"none of {len(self)} images can be held out: no class has two, one for each part")
         return (
@@ -140,19 +157,32 @@ def scan_class_folders(root: str | Path, classes: Sequence[str] | None = None) -
         classes = [folder.name for folder in folders]
         if len(classes) < 2:
             raise InputError(f"{root} holds a single class folder, {classes[0]}: expected at least 2 classes")
-    label_of = {name: label for label, name in enumerate(classes)}
-    if len(label_of) < len(classes):
-        raise InputError(f"a class name is there twice: {_abbreviated(sorted(classes))}")
+    label_of = class_positions(classes)
     files: list[Path] = []
     labels: list[int] = []
     for folder in folders:
         if folder.name not in label_of:
-            raise InputError(f"{folder} is not one of the {len(classes)} known classes: {_abbreviated(classes)}")
+            raise InputError(f"{folder} {unknown_class(folder.name, classes)}")
         images = _images_under(folder)
         files += images
         labels += [label_of[folder.name]] * len(images)
     strays = tuple(entry for entry in entries if _is_image_name(entry.name) and not entry.is_dir())
     return LabelledImages(tuple(files), tuple(labels), tuple(classes), strays)
+
+
+def class_positions(classes: Sequence[str]) -> dict[str, int]:
+    """Each class's place in the list; ``InputError`` if a name is there twice."""
+    positions = {name: position for position, name in enumerate(classes)}
+    if len(positions) < len(classes):
+        raise InputError(f"a class name is there twice: {_abbreviated(sorted(classes))}")
+    return positions
+
+
+def unknown_class(name: str, classes: Sequence[str]) -> str:
+    """The rest of a sentence about a class that is none of ``classes``."""
+    near = difflib.get_close_matches(name, classes, n=1)
+    hint = f"; did you mean {near[0]}?" if near else ""
+    return f"is not one of the {len(classes)} known classes: {_abbreviated(classes)}{hint}"
 
 
 def _abbreviated(names: Sequence[str], most: int = 10) -> str:
@@ -162,7 +192,7 @@ def _abbreviated(names: Sequence[str], most: int = 10) -> str:
 def find_splits(root: str | Path) -> tuple[Path, Path | None]:
     """(root/train, root/val) if both are there, else (root, None). Without val: valid, validation or test."""
     root = Path(root)
-    held_out = next((root / name for name in _HELD_OUT_NAMES if (root / name).is_dir()), None)
+    held_out = next((root / name for name in VAL_NAMES if (root / name).is_dir()), None)
     if held_out is None or not (root / "train").is_dir():
         return root, None
     return root / "train", held_out
@@ -175,11 +205,25 @@ class Damaged(NamedTuple):
     reason: str
 
 
-Sample = tuple[Tensor, int, int]
+def read_picture(source: ImageSource) -> Image.Image:
+    """The picture as ``decode_image`` gives it; ``DamagedImage`` names a tar's member as ``archive/member``."""
+    if not isinstance(source, TarMember):
+        return decode_image(source)
+    try:
+        return decode_image(source.read())
+    except DamagedImage as damaged:
+        raise DamagedImage(str(source), damaged.reason) from damaged
+    except OSError as error:
+        raise DamagedImage(str(source), error.strerror or str(error)) from error
+
+
+Sample = tuple[Tensor, int | Tensor, int]
 
 
 class ImageFiles(Dataset[Sample | Damaged]):
     """``images`` read one at a time: (transformed picture, label, index), or ``Damaged`` in its place.
+
+    The label of a multi-label image is a float vector with a 1 for each of its classes.
 
     ``transform`` takes an upright RGB picture and must be picklable for DataLoader workers. With ``on_error="raise"`` a
     damaged file raises ``DamagedImage`` instead. What ``transform`` raises is not the file's fault and is passed on.
@@ -200,12 +244,17 @@ class ImageFiles(Dataset[Sample | Damaged]):
 
     def __getitem__(self, i: int) -> Sample | Damaged:
         try:
-            picture = decode_image(self.images.files[i])
+            picture = read_picture(self.images.files[i])
         except DamagedImage as damaged:
             if self.on_error == "raise":
                 raise
             return Damaged(damaged.path, damaged.reason)
-        return self.transform(picture), self.images.labels[i], i
+        label = self.images.labels[i]
+        if isinstance(label, tuple):
+            target = torch.zeros(len(self.images.classes))
+            target[list(label)] = 1.0
+            return self.transform(picture), target, i
+        return self.transform(picture), label, i
 
 
 def damaged_entries(damaged: Iterable[Damaged]) -> dict[str, Any]:
@@ -215,7 +264,10 @@ def damaged_entries(damaged: Iterable[Damaged]) -> dict[str, Any]:
 
 
 class Batch(NamedTuple):
-    """``images`` (b, …), ``labels`` (b,) and ``indices`` (b,) of the b readable files, and the ones that were not."""
+    """``images`` (b, …), ``labels`` (b,) and ``indices`` (b,) of the b readable files, and the ones that were not.
+
+    Multi-label ``labels`` are (b, classes) of 0.0 and 1.0.
+    """
 
     images: Tensor
     labels: Tensor
@@ -227,9 +279,11 @@ def collate(samples: Sequence[Sample | Damaged]) -> Batch:
     """The readable ``samples`` stacked, the damaged carried along; ``images`` has shape (0,) if none was readable."""
     damaged = tuple(sample for sample in samples if isinstance(sample, Damaged))
     good = [sample for sample in samples if not isinstance(sample, Damaged)]
+    targets = [label for _, label, _ in good if isinstance(label, Tensor)]
+    labels = [label for _, label, _ in good if not isinstance(label, Tensor)]
     return Batch(
         torch.stack([image for image, _, _ in good]) if good else torch.empty(0),
-        torch.tensor([label for _, label, _ in good], dtype=torch.int64),
+        torch.stack(targets) if targets else torch.tensor(labels, dtype=torch.int64),
         torch.tensor([index for _, _, index in good], dtype=torch.int64),
         damaged,
     )

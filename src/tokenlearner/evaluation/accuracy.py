@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import nn
@@ -18,11 +19,11 @@ from tokenlearner.data.images import (
     ImageFiles,
     LabelledImages,
     OnError,
+    Sample,
     collate,
     damaged_entries,
-    find_splits,
-    scan_class_folders,
 )
+from tokenlearner.data.sources import find_parts, name_of
 from tokenlearner.errors import InputError
 from tokenlearner.insertion.saving import Preprocessing
 
@@ -66,18 +67,14 @@ def evaluate(
 ) -> Accuracy:
     """Scores ``model`` (with the preprocessing it carries) on ``images``; damaged files are left out and named.
 
+    The model is moved to ``device``, which :func:`usable_device` explains, and stays there.
+
     Raises:
-        InputError: The model carries no preprocessing, or no image could be decoded.
+        InputError: The model carries no preprocessing, the images are multi-label, no image could be decoded, or there
+            is no such device.
     """
-    if batch_size < 1 or workers < 0:
-        raise InputError(f"batch_size must be at least 1 and workers at least 0, not {batch_size} and {workers}")
-    preprocessing = needed_preprocessing(model)
-    loader = DataLoader(
-        ImageFiles(images, preprocessing.transform(), on_error=on_error),
-        batch_size=batch_size,
-        num_workers=workers,
-        collate_fn=collate,
-    )
+    class_labels(images)
+    loader, device = batches_of(model, images, batch_size, workers, on_error), usable_device(device)
     classes = len(images.classes)
     top1 = MulticlassAccuracy(classes, average="micro").to(device)
     top5 = MulticlassAccuracy(classes, average="micro", top_k=5).to(device) if classes > 5 else None
@@ -95,9 +92,7 @@ def evaluate(
                 metric.update(logits, labels)
         seen += torch.bincount(batch.labels, minlength=classes)
     if not seen.sum():
-        raise InputError(
-            f"none of the {len(images)} images could be decoded; the first: {damaged[0].path}: {damaged[0].reason}"
-        )
+        raise nothing_decoded(damaged)
     shares = per_class.compute()
     return Accuracy(
         top1=float(top1.compute()),
@@ -112,27 +107,74 @@ def evaluate(
 def images_to_score(model: nn.Module, folder: Path, data: Path, images: Images = "auto") -> tuple[LabelledImages, str]:
     """The images of ``data`` a model saved in ``folder`` should be scored on, and which those are in words.
 
-    A ``val`` folder in ``data`` comes first; then, under "auto" and "held-out", the files the model's own training run
-    held out, if that run was on this data; else all.
+    An evaluation part of ``data`` (a ``val`` folder, say) comes first; then, under "auto" and "held-out", the images
+    the model's own training run held out, if that run was on this data; else all.
 
     Raises:
-        InputError: Class folders that don't match the model's labels, or "held-out" without a note of what was.
+        InputError: Classes that don't match the model's labels, or "held-out" without a note of what was.
     """
     names = getattr(model, "label_names", None)
     if names is None:
-        raise InputError(f"{folder} names no labels, so class folders can't be matched with its outputs")
-    _, val_folder = find_splits(data)
-    if val_folder is not None:
-        return scan_class_folders(val_folder, names), f"the images in {val_folder.name}/"
-    scanned = scan_class_folders(data, names)
+        raise InputError(f"{folder} names no labels, so classes can't be matched with its outputs")
+    part, val_part = find_parts(data)
+    if val_part is not None:
+        return val_part.read(names), f"the images in {val_part.name}"
+    scanned = part.read(names)
     note = folder / HELD_OUT
     held_out = set(json.loads(note.read_text())["files"]) if note.is_file() else set()
-    chosen = [i for i, file in enumerate(scanned.files) if file.relative_to(data).as_posix() in held_out]
+    chosen = [i for i, file in enumerate(scanned.files) if name_of(file, data) in held_out]
     if images == "held-out" and not chosen:
         raise InputError(f"{note} names no file of {data}; score everything with --images all")
     if images == "all" or not chosen:
         return scanned, "all images"
     return scanned.subset(chosen), f"the {len(chosen)} images held out in training (of {len(scanned)})"
+
+
+def batches_of(
+    model: nn.Module, images: LabelledImages, batch_size: int, workers: int, on_error: OnError
+) -> DataLoader[Sample | Damaged]:
+    """``images`` in order, prepared as the model says, in the batches that ``collate`` makes.
+
+    Raises:
+        InputError: The model carries no preprocessing, or a size makes no sense.
+    """
+    if batch_size < 1 or workers < 0:
+        raise InputError(f"batch_size must be at least 1 and workers at least 0, not {batch_size} and {workers}")
+    dataset = ImageFiles(images, needed_preprocessing(model).transform(), on_error)
+    return DataLoader(dataset, batch_size=batch_size, num_workers=workers, collate_fn=collate)
+
+
+def class_labels(images: LabelledImages) -> Sequence[int]:
+    """The one class of each image; ``InputError`` if they are multi-label."""
+    if images.multilabel:
+        raise InputError("an image may have several classes here, so there is no top-1: score with --protocol map")
+    return cast("Sequence[int]", images.labels)
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """The device of that name; "auto" is CUDA's current device if there is one, else the CPU.
+
+    Raises:
+        InputError: There is no such device.
+    """
+    if device == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        wanted = torch.device(device)
+    except RuntimeError as error:
+        raise InputError(f"{device!r} is not the name of a device: give auto, cpu, cuda or, say, cuda:1") from error
+    if wanted.type == "cpu":
+        return wanted
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    count = torch.accelerator.device_count() if accelerator and accelerator.type == wanted.type else 0
+    if (wanted.index or 0) >= count:
+        raise InputError(f"there is no device {wanted} here: torch sees {count} of type {wanted.type}")
+    return wanted
+
+
+def nothing_decoded(damaged: Sequence[Damaged]) -> InputError:
+    first = f"; the first: {damaged[0].path}: {damaged[0].reason}" if damaged else ""
+    return InputError(f"none of the {len(damaged)} images could be decoded{first}")
 
 
 def needed_preprocessing(model: nn.Module) -> Preprocessing:

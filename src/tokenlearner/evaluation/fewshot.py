@@ -15,11 +15,10 @@ import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from tokenlearner.data.images import Damaged, ImageFiles, LabelledImages, OnError, collate, damaged_entries
+from tokenlearner.data.images import Damaged, LabelledImages, OnError, damaged_entries
 from tokenlearner.errors import InputError
-from tokenlearner.evaluation.accuracy import needed_preprocessing
+from tokenlearner.evaluation.accuracy import batches_of, class_labels, nothing_decoded, usable_device
 
 
 @dataclass(frozen=True)
@@ -59,27 +58,31 @@ def few_shot(
     batch_size: int = 64,
     workers: int = 2,
     on_error: OnError = "skip",
+    device: str | torch.device = "cpu",
 ) -> FewShot:
     """Accuracy on ``test`` of ridge classifiers fitted to ``shots`` images a class of ``train``, for several draws.
 
-    Damaged files are left out and named, not replaced: a draw with one has a shot less.
+    Damaged files are left out and named, not replaced: a draw with one has a shot less. The model is moved to
+    ``device`` for the features; the classifiers are fitted on the CPU.
 
     Raises:
         InputError: A class has fewer images than ``shots``, a draw has no readable one, the two sets' classes differ,
-            or a setting makes no sense.
+            one is multi-label, there is no such device, or a setting makes no sense.
     """
     if shots < 1 or draws < 1 or l2 <= 0:
         raise InputError(f"shots and draws must be at least 1 and l2 above 0, not {shots}, {draws} and {l2}")
     if train.classes != test.classes:
         raise InputError(f"the two sets have different classes: {train.classes[:5]} … and {test.classes[:5]} …")
-    present = set(train.labels)
+    class_labels(test)
+    train_labels = class_labels(train)
+    present = set(train_labels)
     if missing := [name for label, name in enumerate(train.classes) if label not in present]:
         raise InputError(f"{len(missing)} classes have no image to train on, the first: {missing[0]}")
-    drawn = [draw_shots(train.labels, shots, np.random.default_rng((seed, draw))) for draw in range(draws)]
+    drawn = [draw_shots(train_labels, shots, np.random.default_rng((seed, draw))) for draw in range(draws)]
     needed = sorted({index for indices in drawn for index in indices})
-    features, labels, kept, broken = extract(model, train.subset(needed), batch_size, workers, on_error)
+    features, labels, kept, broken = extract(model, train.subset(needed), batch_size, workers, on_error, device)
     place = {needed[index]: row for row, index in enumerate(kept.tolist())}
-    test_features, test_labels, _, test_broken = extract(model, test, batch_size, workers, on_error)
+    test_features, test_labels, _, test_broken = extract(model, test, batch_size, workers, on_error, device)
     scores = []
     for indices in drawn:
         rows = [place[index] for index in indices if index in place]
@@ -123,21 +126,27 @@ def ridge(
 
 @torch.inference_mode()
 def extract(
-    model: nn.Module, images: LabelledImages, batch_size: int, workers: int, on_error: OnError = "skip"
+    model: nn.Module,
+    images: LabelledImages,
+    batch_size: int,
+    workers: int,
+    on_error: OnError = "skip",
+    device: str | torch.device = "cpu",
 ) -> tuple[Float[Tensor, "n d"], Int[Tensor, " n"], Int[Tensor, " n"], tuple[Damaged, ...]]:
-    """What the classifier head would see of each readable image: features, labels, indices; and the damaged files."""
-    transform = needed_preprocessing(model).transform()
-    dataset = ImageFiles(images, transform, on_error)
-    loader = DataLoader(dataset, batch_size=batch_size, num_workers=workers, collate_fn=collate)
-    model.eval()
+    """What the classifier head would see of each readable image: features, labels, indices; and the damaged files.
+
+    The model computes on ``device``; what is returned is on the CPU.
+    """
+    loader, device = batches_of(model, images, batch_size, workers, on_error), usable_device(device)
+    model.to(device).eval()
     features, labels, indices, damaged = [], [], [], []
     for batch in loader:
         damaged += batch.damaged
         if len(batch.labels):
-            hidden = model.forward_features(batch.images)  # type: ignore[operator]
-            features.append(model.forward_head(hidden, pre_logits=True).float())  # type: ignore[operator]
+            hidden = model.forward_features(batch.images.to(device))  # type: ignore[operator]
+            features.append(model.forward_head(hidden, pre_logits=True).float().cpu())  # type: ignore[operator]
             labels.append(batch.labels)
             indices.append(batch.indices)
     if not features:
-        raise InputError(f"none of the {len(images)} images could be decoded")
+        raise nothing_decoded(damaged)
     return torch.cat(features), torch.cat(labels), torch.cat(indices), tuple(damaged)

@@ -5,15 +5,18 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
-from tokenlearner.data.images import OnError, find_images, find_splits, scan_class_folders
+from tokenlearner.data.images import OnError, find_images
+from tokenlearner.data.sources import read_parts
 from tokenlearner.errors import InputError
-from tokenlearner.evaluation.accuracy import Images, evaluate, images_to_score
+from tokenlearner.evaluation.accuracy import Images, evaluate, images_to_score, usable_device
 from tokenlearner.evaluation.fewshot import few_shot
+from tokenlearner.evaluation.multilabel import evaluate_multilabel
 from tokenlearner.evaluation.real import evaluate_real, read_real_labels
 
-Protocol = Literal["top1", "real", "fewshot"]
+Protocol = Literal["top1", "map", "real", "fewshot"]
 
 
 def score(
@@ -30,28 +33,29 @@ def score(
     batch_size: int = 64,
     workers: int = 2,
     on_error: OnError = "skip",
+    device: str | torch.device = "cpu",
 ) -> dict[str, Any]:
     """Scores ``model``, saved in ``folder``, on ``data`` by one protocol; the result is ready for JSON.
 
-    "fewshot" draws its training images from DATA's train folder and scores on its val folder; where DATA has no such
-    folders, half of every class is for training and half for scoring.
+    "top1" and "map" score ``images`` of DATA: "top1" where each has one class, "map" where it has any number. "fewshot"
+    draws its training images from DATA's training part and scores on its evaluation part; where DATA has no such parts,
+    half of every class is for training and half for scoring.
 
     Raises:
-        InputError: Data or options that don't fit the protocol.
+        InputError: Data or options that don't fit the protocol, or a device that is not there.
     """
+    device = usable_device(device)
     if protocol == "real":
         if real_labels is None:
             raise InputError("protocol 'real' needs ReaL's labels: give --real-labels real.json")
         labels = read_real_labels(real_labels)
-        result = evaluate_real(model, find_images(data), labels, batch_size=batch_size, on_error=on_error)
+        result = evaluate_real(
+            model, find_images(data), labels, batch_size=batch_size, on_error=on_error, device=device
+        )
         return {"protocol": protocol, **result.to_dict()}
     if protocol == "fewshot":
-        train_folder, val_folder = find_splits(data)
-        train = scan_class_folders(train_folder)
-        if val_folder is None:
-            train, test = train.split(0.5, seed)
-        else:
-            test = scan_class_folders(val_folder, train.classes)
+        images_of_data, val = read_parts(data)
+        train, test = images_of_data.split(0.5, seed) if val is None else (images_of_data, val)
         shot = few_shot(
             model,
             train,
@@ -62,8 +66,10 @@ def score(
             batch_size=batch_size,
             workers=workers,
             on_error=on_error,
+            device=device,
         )
         return {"protocol": protocol, **shot.to_dict()}
     chosen, which = images_to_score(model, folder, data, images)
-    accuracy = evaluate(model, chosen, which=which, batch_size=batch_size, workers=workers, on_error=on_error)
-    return {"protocol": protocol, **accuracy.to_dict()}
+    by = evaluate_multilabel if protocol == "map" else evaluate
+    scored = by(model, chosen, which=which, batch_size=batch_size, workers=workers, on_error=on_error, device=device)
+    return {"protocol": protocol, **scored.to_dict()}

@@ -17,6 +17,7 @@ from torch import nn
 
 from tokenlearner.data.images import Damaged, OnError, damaged_entries
 from tokenlearner.errors import InputError
+from tokenlearner.evaluation.accuracy import usable_device
 from tokenlearner.evaluation.predict import batches
 
 _NAME = re.compile(r"ILSVRC2012_val_(\d{8})(?:[._]|$)")  # some copies append _n01440764
@@ -77,22 +78,26 @@ def evaluate_real(
     *,
     batch_size: int = 64,
     on_error: OnError = "skip",
+    device: str | torch.device = "cpu",
 ) -> RealAccuracy:
     """Scores ``model`` (1,000 outputs in ImageNet's order, with its preprocessing) on ImageNet validation files.
 
+    The model is moved to ``device``.
+
     Raises:
-        InputError: A file that is none of the validation set's, or none that could be scored.
+        InputError: A file that is none of the validation set's, none that could be scored, or there is no such device.
     """
+    device = usable_device(device)
     places = {file: real_index(file) for file in files}
     if beyond := [file for file, place in places.items() if place >= len(labels)]:
         raise InputError(f"{beyond[0]} is past the end of the {len(labels)} ReaL labels")
     labelled = [file for file in files if labels[places[file]]]
-    model.eval()
+    model.to(device).eval()
     right = scored = 0
     damaged: list[Damaged] = []
     for paths, x, reasons in batches(model, labelled, batch_size, on_error):
         damaged += [Damaged(str(path), reason) for path, reason in reasons.items()]
-        guesses = model(x).argmax(dim=-1).tolist() if len(x) else []
+        guesses = model(x.to(device)).argmax(dim=-1).tolist() if len(x) else []
         readable = [path for path in paths if path not in reasons]
         right += sum(guess in labels[places[path]] for path, guess in zip(readable, guesses))
         scored += len(guesses)

@@ -130,7 +130,7 @@ def save(
     # The weights file says what it was saved from: an edited num_heads or at would fit the shapes of its tensors too.
     metadata = {"format": "pt", **{key: json.dumps(value) for key, value in built.items()}}
     folder.mkdir(parents=True, exist_ok=True)
-    _write(
+    write_whole(
         {
             folder / WEIGHTS: safetensors.torch.save(state, metadata=metadata),
             folder / CONFIG: json.dumps(config, indent=2).encode(),
@@ -148,7 +148,7 @@ def load(folder: str | Path) -> nn.Module:
         InputError: A file is missing or damaged, or config and weights don't belong together; says what differs.
     """
     folder = Path(folder)
-    config = _read_config(folder)
+    config = read_config(folder)
     model = _build(config["host"], config["insertion"])
     state, saved_from = _read_weights(folder)
     if mismatch := _mismatch(model.state_dict(), state):
@@ -197,7 +197,12 @@ def _read_weights(folder: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise InputError(f"{path} is damaged: {error}") from error
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
+    """What ``config.json`` says: ``host`` (for ``build_host``), ``insertion``, ``preprocessing`` and ``labels``.
+
+    Raises:
+        InputError: No such file, or not as this version writes it.
+    """
     path = folder / CONFIG
     if not path.is_file():
         raise InputError(f"{folder} is not a saved model: it has no {CONFIG}")
@@ -253,7 +258,7 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + more
 
 
-def _write(files: Mapping[Path, bytes]) -> None:
+def write_whole(files: Mapping[Path, bytes]) -> None:
     """Writes each file so that it is there whole or not at all, and none of them before all are on the disk."""
     temporaries: dict[Path, Path] = {}
     try:

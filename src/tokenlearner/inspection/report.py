@@ -20,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
+from tokenlearner.insertion.saving import write_whole
 from tokenlearner.inspection.summary import COLUMNS, ModelResult, cells
 
 _INK = "#010203"  # stands for the page's own text colour, which differs in the dark
@@ -71,11 +72,12 @@ def write_report(
     first = results[0]
     rows = "".join(f"<tr>{_row(result, first)}</tr>" for result in results)
     head = "".join(f"<th>{html.escape(column)}</th>" for column in COLUMNS)
+    key = "val_accuracy" if first.metric == "accuracy" else "val_map"
     curves = "".join(
         draw_curves(
             {r.name: [(row["epoch"] + 1, row[key] * scale) for row in r.history if key in row] for r in results}, label
         )
-        for key, label, scale in (("val_accuracy", "held-out accuracy, %", 100), ("train_loss", "training loss", 1))
+        for key, label, scale in ((key, f"held-out {first.metric}, %", 100), ("train_loss", "training loss", 1))
     )
     body = [
         f"<h1>{html.escape(title)}</h1><p>{html.escape(lead)}</p>",
@@ -93,7 +95,7 @@ def write_report(
         f"<body>{''.join(body)}<footer>{html.escape(footer)}</footer></body></html>\n"
     )
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(page, encoding="utf-8")
+    write_whole({path: page.encode()})
     return path
 
 

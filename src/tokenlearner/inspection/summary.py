@@ -11,12 +11,15 @@ from typing import Any
 
 import torch
 
+from tokenlearner.insertion.saving import write_whole
 from tokenlearner.inspection.cost import describe_tokens
 
 
 @dataclass(frozen=True)
 class ModelResult:
-    """One trained model. ``accuracy`` is a share (0 to 1) of held-out images, ``macs`` are for one image."""
+    """One trained model. ``accuracy`` is a share (0 to 1) of held-out images, or whatever else ``metric`` names;
+    ``macs`` are for one image.
+    """
 
     name: str
     accuracy: float
@@ -28,12 +31,14 @@ class ModelResult:
     speedup: float = 1.0
     """Median over rounds of this model's images per second over the first model's in the same round."""
     train_seconds: float = 0.0
+    metric: str = "accuracy"
     history: Sequence[Mapping[str, float]] = field(default=(), repr=False)
 
     def to_dict(self) -> dict[str, Any]:
         return {
             "name": self.name,
             "accuracy": self.accuracy,
+            "metric": self.metric,
             "parameters": self.parameters,
             "macs": self.macs,
             "flops": 2 * self.macs,
@@ -56,7 +61,7 @@ def cells(result: ModelResult, first: ModelResult) -> tuple[str, ...]:
         speed += f" ({result.speedup:.2f}×)"
     return (
         result.name,
-        f"{result.accuracy:.2%}",
+        f"{result.accuracy:.2%}" + ("" if result.metric == "accuracy" else f" {result.metric}"),
         f"{result.parameters:,}",
         macs,
         speed,
@@ -82,7 +87,7 @@ def write_summary(path: Path, seconds: float, results: Sequence[ModelResult], **
         "torch": torch.__version__,
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(summary, indent=2) + "\n", encoding="utf-8")
+    write_whole({path: (json.dumps(summary, indent=2) + "\n").encode()})
     return summary
 
 

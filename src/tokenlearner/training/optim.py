@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from timm.models._manipulate import group_with_matcher
 from timm.optim import create_optimizer_v2
-from timm.scheduler import CosineLRScheduler
+from timm.scheduler import CosineLRScheduler, PolyLRScheduler
 from torch import nn
 
 from tokenlearner.insertion.insert import inserted_parameters
@@ -55,14 +55,15 @@ def build_optimizer(model: nn.Module, recipe: OptimizerRecipe) -> torch.optim.Op
 
 def build_schedule(
     optimizer: torch.optim.Optimizer, recipe: OptimizerRecipe, steps: int, steps_per_epoch: float
-) -> CosineLRScheduler:
-    """Linear warm-up, then a cosine to ``min_lr``, by optimizer steps."""
+) -> CosineLRScheduler | PolyLRScheduler:
+    """Linear warm-up, then a cosine or a straight line to ``min_lr``, by optimizer steps."""
     warmup = min(round(recipe.warmup_epochs * steps_per_epoch), steps // 2)
-    return CosineLRScheduler(
-        optimizer,
-        t_initial=max(1, steps),
-        lr_min=recipe.min_lr,
-        warmup_t=warmup,
-        warmup_lr_init=recipe.lr / max(1, warmup),
-        t_in_epochs=False,
-    )
+    settings: dict[str, Any] = {
+        "lr_min": recipe.min_lr,
+        "warmup_t": warmup,
+        "warmup_lr_init": recipe.lr / max(1, warmup),
+        "t_in_epochs": False,
+    }
+    if recipe.schedule == "linear":  # falls from the end of the warm-up on, as the official one
+        return PolyLRScheduler(optimizer, max(1, steps - warmup), power=1.0, warmup_prefix=True, **settings)
+    return CosineLRScheduler(optimizer, max(1, steps), **settings)

@@ -4,9 +4,10 @@ Plain dataclasses without imports, so that the command line's ``--help`` is quic
 fields; nested ones are written ``optimizer.lr`` on the command line.
 """
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from tokenlearner.errors import InputError
 
@@ -21,9 +22,11 @@ class OptimizerRecipe:
     """Not applied to biases, norms, position embedding and prefix tokens."""
     betas: tuple[float, float] = (0.9, 0.999)
     warmup_epochs: float = 3.0
-    """Linear warm-up before the cosine."""
+    """Linear warm-up before the schedule."""
+    schedule: Literal["cosine", "linear"] = "cosine"
+    """How the rate falls after the warm-up."""
     min_lr: float = 1e-6
-    """Where the cosine ends."""
+    """Where the schedule ends."""
     clip_norm: float | None = 1.0
     """Largest gradient norm; none to leave gradients alone."""
     layer_decay: float | None = None
@@ -40,14 +43,21 @@ class AugmentRecipe:
     color_jitter: float = 0.3
     erasing: float = 0.0
     """Probability of random erasing."""
+    mixup: float = 0.0
+    """α of mixup; 0 for none. With cutmix too, every batch takes one of the two at random."""
+    cutmix: float = 0.0
+    """α of cutmix; 0 for none."""
 
 
 @dataclass
 class Recipe:
-    model: str = "vit_tiny_patch16_224"
-    """A timm VisionTransformer."""
+    model: str | None = None
+    """A timm VisionTransformer; when not given, the one in init's folder, else vit_tiny_patch16_224."""
     pretrained: bool = False
     """Start from timm's weights for that model (needs its hub)."""
+    init: str | None = None
+    """Start from other weights: a saved model's folder, or a timm name whose weights are fetched. The head is new where
+    the classes differ; positions are interpolated to image_size."""
     image_size: int | None = None
     """Pixels a side; the model's own when not given."""
     tokens: int = 8
@@ -62,7 +72,12 @@ class Recipe:
     """Layers appended after the host's own."""
     epochs: int = 30
     batch_size: int = 64
+    """Images an optimizer step sees, over all processes and parts."""
+    accumulate: int = 1
+    """Parts a batch is computed in, one after the other, to save memory."""
     seed: int = 0
+    loss: Literal["cross_entropy", "sigmoid"] = "cross_entropy"
+    """sigmoid takes each class for itself, as images with several labels need it; a new head's biases start at -10."""
     label_smoothing: float = 0.1
     ema: float | None = None
     """Decay per step of an average of the weights, which is then what is scored and saved."""
@@ -73,16 +88,42 @@ class Recipe:
     workers: int = 2
     """Processes that decode images."""
     precision: Literal["32-true", "bf16-mixed", "16-mixed"] = "32-true"
+    compile: bool = False
+    """Compile the model with torch.compile."""
+    grad_checkpointing: bool = False
+    """Compute each layer again in the backward pass instead of keeping what it needs, to save memory."""
+    checkpoint_steps: int = 1000
+    """Optimizer steps between two checkpoints within an epoch; there is one after every epoch in any case."""
+    tensorboard: bool = False
+    """Log to TensorBoard beside metrics.csv, if it is installed."""
+    wandb: bool = False
+    """Log to Weights & Biases beside metrics.csv, if it is installed."""
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
     augment: AugmentRecipe = field(default_factory=AugmentRecipe)
 
 
 def check_recipe(recipe: Recipe) -> None:
-    for name, least in (("epochs", 1), ("batch_size", 1), ("workers", 0), ("seed", 0)):
+    """Refuses numbers that make no sense, before anything is read or written.
+
+    Raises:
+        InputError: Names the field, what it must be and what it is.
+    """
+    least_values = {"epochs": 1, "batch_size": 1, "accumulate": 1, "workers": 0, "seed": 0, "checkpoint_steps": 1}
+    for name, least in least_values.items():
         if getattr(recipe, name) < least:
             raise InputError(f"{name} must be at least {least}, not {getattr(recipe, name)}")
     if recipe.ema is not None and not 0 <= recipe.ema < 1:
         raise InputError(f"ema must be at least 0 and below 1, not {recipe.ema}; none for no averaging")
+    for name, value in (("label_smoothing", recipe.label_smoothing), ("drop_path", recipe.drop_path)):
+        if not 0 <= value < 1:
+            raise InputError(f"{name} must be at least 0 and below 1, not {value}")
+    for name, value in (("augment.mixup", recipe.augment.mixup), ("augment.cutmix", recipe.augment.cutmix)):
+        if not 0 <= value < float("inf"):
+            raise InputError(f"{name} must be 0 or above, not {value}")
+    if recipe.batch_size % recipe.accumulate:
+        raise InputError(f"batch_size {recipe.batch_size} can't be computed in {recipe.accumulate} equal parts")
+    if recipe.pretrained and recipe.init:
+        raise InputError("pretrained and init both say which weights to start from; give one of them")
 
 
 def load_recipe(path: str | Path | None = None, **overrides: object) -> Recipe:
@@ -94,3 +135,45 @@ def load_recipe(path: str | Path | None = None, **overrides: object) -> Recipe:
     from tokenlearner.training.recipe_files import parse_recipe
 
     return parse_recipe(path, overrides)
+
+
+def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
+    """The recipe ``dataclasses.asdict`` and JSON made ``values`` of."""
+    parts: dict[str, Any] = {name: _tuples(value) for name, value in values.items()}
+    for name, kind in (("optimizer", OptimizerRecipe), ("augment", AugmentRecipe)):
+        parts[name] = kind(**{key: _tuples(value) for key, value in parts.get(name, {}).items()})
+    return Recipe(**parts)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+# What may change when a run goes on: none of it changes a number.
+_FREE = {"workers", "tensorboard", "wandb", "checkpoint_steps", "compile", "grad_checkpointing"}
+
+
+def resumed_recipe(of_run: Recipe, given: Recipe) -> Recipe:
+    """The recipe to go on by: the run's own, with what of ``given`` is not a default and may change.
+
+    Raises:
+        InputError: ``given`` has something else that is neither the run's nor the default.
+    """
+    default = flat_recipe(Recipe())
+    there, here = flat_recipe(of_run), flat_recipe(given)
+    for name, value in here.items():
+        if name not in _FREE and value not in (default[name], there[name]):
+            raise InputError(f"{name} is {there[name]} there and {value} here; leave it out, or start another run")
+    return replace(of_run, **{name: here[name] for name in _FREE if here[name] != default[name]})
+
+
+def flat_recipe(recipe: Recipe) -> dict[str, Any]:
+    """Every field by the name it has on the command line, such as ``optimizer.lr``."""
+    flat: dict[str, Any] = {}
+    for part in fields(recipe):
+        value = getattr(recipe, part.name)
+        if isinstance(value, OptimizerRecipe | AugmentRecipe):
+            flat |= {f"{part.name}.{key}": entry for key, entry in asdict(value).items()}
+        else:
+            flat[part.name] = value
+    return flat

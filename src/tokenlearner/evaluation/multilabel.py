@@ -1,0 +1,130 @@
+"""Mean average precision of a saved model where an image may have any number of classes.
+
+The average precision of a class is Σₖ (Rₖ − Rₖ₋₁) Pₖ over its distinct scores from the highest down, with precision Pₖ
+and recall Rₖ of the images that score at least the k-th; images with equal scores enter together. Only the order of the
+scores counts, so the logits do as well as their sigmoids, and better: in float32 the sigmoids of 17 and 30 are equal.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+from torchmetrics import Metric
+from torchmetrics.functional.classification import binary_average_precision
+from torchmetrics.utilities import dim_zero_cat
+
+from tokenlearner.data.images import Damaged, LabelledImages, OnError, damaged_entries
+from tokenlearner.errors import InputError
+from tokenlearner.evaluation.accuracy import batches_of, nothing_decoded, usable_device
+
+
+@dataclass(frozen=True)
+class MultilabelScore:
+    """``average_precision`` (0 to 1) of every class that some of the ``images`` decoded images have; the mean is over
+    those classes.
+    """
+
+    average_precision: dict[str, float]
+    images: int
+    which: str
+    """What was scored, in words."""
+    damaged: tuple[Damaged, ...]
+
+    @property
+    def mean_average_precision(self) -> float:
+        return sum(self.average_precision.values()) / len(self.average_precision)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "mean_average_precision": self.mean_average_precision,
+            "average_precision": self.average_precision,
+            "images": self.images,
+            "which": self.which,
+            "damaged": damaged_entries(self.damaged),
+        }
+
+
+@torch.inference_mode()
+def evaluate_multilabel(
+    model: nn.Module,
+    images: LabelledImages,
+    *,
+    which: str = "all images",
+    batch_size: int = 64,
+    workers: int = 2,
+    on_error: OnError = "skip",
+    device: str | torch.device = "cpu",
+) -> MultilabelScore:
+    """Scores ``model``, whose output j is ``images.classes[j]``; damaged files are left out and named.
+
+    All scores are kept until the end, on the CPU: 5 bytes for each image and class (a float and a bool), 0.4 GB for
+    10,000 images of 8,000 classes. The model is moved to ``device``.
+
+    Raises:
+        InputError: The images have one class each, no class has an image, the model has another number of outputs, one
+            that is not a number, or no preprocessing, no image could be decoded, or there is no such device.
+    """
+    if not images.multilabel:
+        raise InputError("every image has exactly one class here: score with --protocol top1")
+    loader, device = batches_of(model, images, batch_size, workers, on_error), usable_device(device)
+    classes = len(images.classes)
+    scores = torch.empty(classes, len(images))
+    targets = torch.zeros(classes, len(images), dtype=torch.bool)
+    seen = torch.zeros(len(images), dtype=torch.bool)
+    damaged: list[Damaged] = []
+    model.to(device).eval()
+    for batch in loader:
+        damaged += batch.damaged
+        if not len(batch.labels):
+            continue
+        logits = model(batch.images.to(device)).float().cpu()
+        if logits.shape[-1] != classes:
+            raise InputError(f"the model has {logits.shape[-1]} outputs and the images {classes} classes")
+        if bad := batch.indices[logits.isnan().any(dim=-1)].tolist():
+            raise InputError(f"the model's output for {images.files[bad[0]]} is not a number")
+        scores[:, batch.indices] = logits.T
+        targets[:, batch.indices] = batch.labels.T.bool()
+        seen[batch.indices] = True
+    if not seen.any():
+        raise nothing_decoded(damaged)
+    found = targets.any(dim=-1).tolist()
+    if not any(found):
+        raise InputError(f"none of the {int(seen.sum())} images has a class, so there is nothing to find")
+    shares = {
+        name: average_precision(scores[j, seen], targets[j, seen]) for j, name in enumerate(images.classes) if found[j]
+    }
+    return MultilabelScore(shares, int(seen.sum()), which, tuple(damaged))
+
+
+class MeanAveragePrecision(Metric):
+    """The same of batches as they come, over all processes of a distributed run; NaN if no image has a class.
+
+    ``update`` takes logits (b, classes) and targets (b, classes) of 0 and 1.
+    """
+
+    full_state_update = False
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("scores", default=[], dist_reduce_fx="cat")
+        self.add_state("targets", default=[], dist_reduce_fx="cat")
+
+    def update(self, scores: Float[Tensor, "b classes"], targets: Float[Tensor, "b classes"]) -> None:
+        self.scores.append(scores.float())  # type: ignore[operator, union-attr]
+        self.targets.append(targets.bool())  # type: ignore[operator, union-attr]
+
+    def compute(self) -> Tensor:
+        scores, targets = (dim_zero_cat(state).cpu().T for state in (self.scores, self.targets))  # type: ignore[arg-type]
+        shares = [average_precision(scores[j], targets[j]) for j in range(len(scores)) if targets[j].any()]
+        return torch.tensor(shares).mean()
+
+
+def average_precision(scores: Float[Tensor, " n"], targets: Bool[Tensor, " n"]) -> float:
+    """Of one class, at least one of whose ``targets`` is true."""
+    # torchmetrics takes the sigmoid of whatever leaves [0, 1], and two infinities for different scores; ranks are safe.
+    ranks = scores.unique(return_inverse=True)[1].double() / len(scores)
+    return float(binary_average_precision(ranks, targets.long(), validate_args=False))
