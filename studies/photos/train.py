@@ -1,33 +1,40 @@
-"""CIFAR-10 from scratch: a plain ViT beside TokenLearner at ½ and ¾ depth and with TokenFuser, by the same recipe.
+"""A plain ViT beside TokenLearner at ½ and ¾ depth and with TokenFuser, from scratch and by the same recipe.
 
-Method. Every model is the same small ViT (4×4 patches of 32×32 pixels, so 8×8 = 64 tokens; no class token, average
-pooling, 2-D sin-cos position embedding to start with), trained by the same recipe; only what is inserted differs.
-Scored are the averaged weights (EMA) of the last epoch on all 10,000 test images: no epoch is picked. ``--tune`` holds
-the last 5,000 training images out and scores on those, which is how the recipe was chosen.
+Method. Every model is the same small ViT (no class token, average pooling, 2-D sin-cos position embedding to start
+with), trained by the same recipe; only what is inserted differs. Scored are the averaged weights (EMA) of the last
+epoch on the whole test set: no epoch is picked. ``--tune`` scores on other photos (CIFAR-10: the last 5,000 training
+images, which are not trained on then; flowers: ``val``); so the recipes were chosen, with the plain model (README.md).
 
-Two recipes. ``cpu`` is the smallest honest version, for one thread without a GPU, minutes a run. ``gpu`` is meant for
-plain ViT ≥ 90 %: width 192, 12 layers, AdamW, mixup and cutmix, 150 epochs, compiled; it keeps the images on the GPU
-and fills it with several runs at once (``--jobs``). Neither set of twelve runs is complete yet: not run.
+========= ======= ====== ================= ===================
+data set  train   test   ``cpu``           ``gpu``
+========= ======= ====== ================= ===================
+cifar10   50,000  10,000 32×32, 64 tokens  32×32, 64 tokens
+flowers   3,233   647    64×64, 64 tokens  128×128, 256 tokens
+========= ======= ====== ================= ===================
 
-    OMP_NUM_THREADS=1 python studies/cifar10/train.py --recipe cpu --out runs/cifar10
-    python studies/cifar10/train.py --recipe gpu --jobs 6 --out runs/cifar10-gpu
+``cpu`` is the smallest honest version, for one thread without a GPU, minutes a run: width 128, 4 layers, Muon. ``gpu``
+is meant for plain ViT ≥ 90 % on CIFAR-10: width 192, 12 layers, AdamW, mixup and cutmix, compiled; it keeps the photos
+on the GPU and fills it with several runs at once (``--jobs``). Not run: ``gpu``.
 
-A run that is in OUT/results.csv is not done again, so the same command continues after a stop.
+    OMP_NUM_THREADS=1 python studies/photos/train.py cifar10 --recipe cpu --out runs/cifar10
+    OMP_NUM_THREADS=1 python studies/photos/train.py flowers --recipe cpu --out runs/flowers
+    python studies/photos/train.py cifar10 --recipe gpu --jobs 6 --out runs/cifar10-gpu
+
+A run that is in OUT/results.csv is not done again, so the same command continues after a stop. To try the script:
+
+    python studies/photos/train.py cifar10 --limit 64 --epochs 1 --models plain tl8-half --seeds 0 --out runs/try
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import math
 import shlex
-import subprocess
 import sys
 import time
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, fields, replace
-from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -48,72 +55,17 @@ from timm.models.vision_transformer import VisionTransformer
 from timm.utils import ModelEmaV3
 from torch import Tensor, nn
 
-from cifar import MEAN, STD, Augmentation, Batches, Images, read_npz
-
-REPOSITORY = Path(__file__).parents[2]
-MODELS: dict[str, dict[str, Any] | None] = {
-    "plain": None,
-    "tl8-half": {"num_tokens": 8, "at": 0.5},
-    "tl8-three-quarters": {"num_tokens": 8, "at": 0.75},
-    "tl8-half-fuser": {"num_tokens": 8, "at": 0.5, "fuser": "fuser"},
-}
-PREPROCESSING = tokenlearner.Preprocessing((3, 32, 32), MEAN, STD, interpolation="bicubic", crop_pct=1.0)
-
-
-@dataclass(frozen=True)
-class Settings:
-    width: int = 192
-    depth: int = 12
-    heads: int = 3
-    epochs: int = 150
-    batch: int = 512
-    optimizer: str = "adamw"
-    lr: float = 1.5e-3
-    min_lr: float = 1e-6
-    weight_decay: float = 0.08
-    beta2: float = 0.999
-    warmup: float = 5.0
-    clip: float = 1.0
-    label_smoothing: float = 0.1
-    drop_path: float = 0.1
-    mixup: float = 0.4
-    cutmix: float = 1.0
-    affine: float = 1.0
-    colour: float = 0.3
-    erase: int = 0
-    ema: float = 0.9995
-    """Largest weight of the past in the average; starts small."""
-    compile: int = 1
-
-
-RECIPES = {
-    "gpu": Settings(),
-    "cpu": Settings(
-        width=128,
-        depth=4,
-        heads=4,
-        epochs=4,
-        batch=64,
-        optimizer="muon",  # the best of what was tried for runs this short, see the docstring
-        lr=3e-3,
-        weight_decay=0.05,
-        warmup=0.5,
-        label_smoothing=0.0,
-        drop_path=0.0,
-        mixup=0.0,
-        cutmix=0.0,
-        affine=0.0,
-        colour=0.0,
-        ema=0.99,
-        compile=0,
-    ),
-}
+from photos import DATASETS, Augmentation, Batches, load
+from processes import in_process, stop_on_signals
+from recipes import MODELS, RECIPES, Settings
+from records import REPOSITORY, git_commit, read_rows, read_settings, write_rows
 
 
 @dataclass(frozen=True)
 class Job:
     """One run. ``stop_at`` is the time.time() at which it gives up."""
 
+    dataset: str
     model: str
     seed: int
     settings: Settings
@@ -130,8 +82,8 @@ def build_model(name: str, settings: Settings, classes: int) -> nn.Module:
     # Autocast's fused attention is slower backwards than its three parts on a CPU (torch 2.13, 64 tokens).
     timm.layers.set_fused_attn(torch.cuda.is_available())
     model = VisionTransformer(
-        img_size=32,
-        patch_size=4,
+        img_size=settings.size,
+        patch_size=settings.patch,
         num_classes=classes,
         embed_dim=settings.width,
         depth=settings.depth,
@@ -143,7 +95,8 @@ def build_model(name: str, settings: Settings, classes: int) -> nn.Module:
     grid = list(model.patch_embed.grid_size)
     with torch.no_grad():
         model.pos_embed.copy_(timm.layers.build_sincos2d_pos_embed(grid, dim=settings.width))
-    return model if MODELS[name] is None else tokenlearner.insert(model, **MODELS[name])
+    inserted = MODELS[name].inserted
+    return tokenlearner.insert(model, **inserted) if inserted else model
 
 
 class Run(L.LightningModule):
@@ -201,11 +154,19 @@ class Run(L.LightningModule):
         scheduler.step_update(self.global_step)  # timm's schedulers count updates themselves
 
 
+class CutOffError(Exception):
+    """The deadline came before the run's end."""
+
+
 class Watch(Callback):
-    """Times the training part of each epoch, prints a line now and then, and stops at the deadline."""
+    """Times the training part of each epoch, prints a line now and then, and raises CutOffError at the deadline."""
 
     def __init__(self, job: Job) -> None:
-        self.job, self.seconds, self.cut_off = job, [], False
+        self.job, self.seconds = job, []
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        if time.time() > self.job.stop_at:
+            raise CutOffError
 
     def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         self.start = time.perf_counter()
@@ -219,34 +180,37 @@ class Watch(Callback):
         row, job, epochs = pl_module.curve[-1], self.job, self.job.settings.epochs
         if row["epoch"] % max(1, epochs // 10) == 0:
             print(f"  {job.model} seed {job.seed} epoch {row['epoch']}/{epochs} top-1 {row['top1']:.2f}", flush=True)
-        if time.time() > job.stop_at and row["epoch"] < epochs:
-            trainer.should_stop = self.cut_off = True
 
 
-def run(job: Job) -> tuple[dict[str, Any], list[dict[str, float]]] | None:
-    """Trains and scores one model and saves it; None if the deadline came first."""
-    if time.time() > job.stop_at:
-        return None
+def run(job: Job) -> tuple[dict[str, Any], list[dict[str, float]]]:
+    """Trains and scores one model and saves it: its row of results.csv and its rows of curves.csv.
+
+    Raises:
+        CutOffError: The deadline came first.
+    """
     s, started, cpu_started = job.settings, time.perf_counter(), time.process_time()
     torch.set_float32_matmul_precision("high")
-    train, test = load_data(job, "cuda" if torch.cuda.is_available() else "cpu")
+    dataset, device = DATASETS[job.dataset], "cuda" if torch.cuda.is_available() else "cpu"
+    train, test = (p.to(device) for p in load(job.dataset, job.data, s.size, tune=job.tune, limit=job.limit))
     watch, batch = Watch(job), min(s.batch, len(train.labels))
-    augmentation = Augmentation(affine=s.affine, colour=s.colour, erase=s.erase)
+    augmentation = Augmentation(dataset.mean, dataset.std, crop=s.crop, affine=s.affine, colour=s.colour, erase=s.erase)
     with quiet_lightning():
         L.seed_everything(job.seed, verbose=False)
         trained = Run(build_model(job.model, s, len(train.classes)), s, len(train.classes))
-        batches = Batches(train, batch, augmentation, job.seed), Batches(test, 1000)
+        batches = Batches(train, batch, augmentation, job.seed), Batches(test, 1000, augmentation)
         new_trainer(s, watch).fit(trained, *batches)
-    if watch.cut_off:
-        return None
     model = trained.average[0].module.cpu().eval()
-    used = tokenlearner.cost(model, (3, 32, 32))
-    tokenlearner.save(
-        model.half(), job.out / "weights" / f"{job.model}-{job.seed}", preprocessing=PREPROCESSING, labels=train.classes
+    used = tokenlearner.cost(model, (3, s.size, s.size))
+    preprocessing = tokenlearner.Preprocessing(
+        (3, s.size, s.size), dataset.mean, dataset.std, interpolation="bicubic", crop_pct=1.0
     )
+    folder = job.out / "weights" / f"{job.model}-{job.seed}"
+    tokenlearner.save(model.half(), folder, preprocessing=preprocessing, labels=train.classes)
     warm = watch.seconds[1:] or watch.seconds  # the first epoch compiles
     row = {
+        "dataset": job.dataset,
         "model": job.model,
+        "label": MODELS[job.model].label,
         "seed": job.seed,
         "epochs": s.epochs,
         "top1": trained.curve[-1]["top1"],
@@ -281,51 +245,24 @@ def new_trainer(settings: Settings, watch: Watch) -> L.Trainer:
     )
 
 
-def load_data(job: Job, device: str) -> tuple[Images, Images]:
-    train = read_npz(job.data / "cifar10_train.npz", job.limit)
-    if job.tune:
-        held_out = len(train.labels) // 10
-        train, test = train.part(None, -held_out), train.part(-held_out, None)
-    else:
-        test = read_npz(job.data / "cifar10_test.npz", job.limit)
-    return tuple(Images(part.pixels.to(device), part.labels.to(device), part.classes) for part in (train, test))
-
-
-def read_rows(path: Path) -> list[dict[str, str]]:
-    if not path.exists():
-        return []
-    with path.open(newline="") as file:
-        return list(csv.DictReader(file))
-
-
-def write_rows(path: Path, rows: list[dict[str, Any]]) -> None:
-    """Replaces the file at once, so that a stop at any moment leaves a whole one."""
-    temporary = path.with_suffix(".tmp")
-    with temporary.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-    temporary.replace(path)
-
-
-def run_all(jobs: list[Job], at_once: int, out: Path) -> None:
-    """Each run in a process of its own; results are on the disk as soon as a run ends."""
-    results, curves = out / "results.csv", out / "curves.csv"
+def run_all(jobs: list[Job], at_once: int, out: Path) -> int:
+    """Each run in a process of its own; results are on the disk as soon as a run ends. Returns how many failed."""
+    failed, results, curves = 0, out / "results.csv", out / "curves.csv"
     done = {(row["model"], int(row["seed"])) for row in read_rows(results)}
     jobs = [job for job in jobs if (job.model, job.seed) not in done]
-    with ProcessPoolExecutor(at_once, mp_context=get_context("spawn"), max_tasks_per_child=1) as pool:
-        running = {pool.submit(run, job): job for job in jobs}
+    with ThreadPoolExecutor(at_once) as pool:
+        running = {pool.submit(run_in_time, job): job for job in jobs}
         for future in as_completed(running):
             job = running[future]
             try:
-                result = future.result()
-            except Exception as error:  # one run that fails must not take the others along
-                print(f"{job.model} seed {job.seed} failed: {error!r}", flush=True)
-                continue
-            if result is None:
+                row, curve = future.result()
+            except CutOffError:
                 print(f"{job.model} seed {job.seed}: cut off by --minutes, no result", flush=True)
                 continue
-            row, curve = result
+            except Exception as error:  # one run that fails must not take the others along
+                failed += 1
+                print(f"{job.model} seed {job.seed} failed: {error!r}", flush=True)
+                continue
             key = {"model": job.model, "seed": str(job.seed)}
             others = [r for r in read_rows(curves) if not key.items() <= r.items()]  # a stop may have left its curve
             write_rows(curves, [*others, *(key | r for r in curve)])
@@ -335,55 +272,72 @@ def run_all(jobs: list[Job], at_once: int, out: Path) -> None:
                 f"{row['seconds']:.0f} s, {row['images_per_second']:.0f} images/s",
                 flush=True,
             )
+    return failed
 
 
-def git_commit() -> str:
-    found = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=REPOSITORY, capture_output=True, text=True)
-    return found.stdout.strip() or "unknown"
+def run_in_time(job: Job) -> tuple[dict[str, Any], list[dict[str, float]]]:
+    if time.time() > job.stop_at:
+        raise CutOffError
+    return in_process(run, job)
 
 
 def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--recipe", choices=RECIPES, default="cpu")
+    parser.add_argument("dataset", choices=DATASETS)
+    parser.add_argument("--recipe", choices=("cpu", "gpu"), default="cpu")
     parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--data", type=Path, default=REPOSITORY.parent / "shared/data/images", help="folder of the npz")
-    parser.add_argument("--out", type=Path, default=Path("runs/cifar10"))
+    parser.add_argument("--out", type=Path, help="default: runs/DATASET-RECIPE")
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time")
     parser.add_argument("--minutes", type=float, default=math.inf, help="give up runs that have not ended by then")
-    parser.add_argument(
-        "--tune", action="store_true", help="score on 10 %% of the training images, not on the test set"
-    )
-    parser.add_argument("--limit", type=int, help="only so many images of each set, to try the script")
+    parser.add_argument("--tune", action="store_true", help="score on photos held out of the training set, not on test")
+    parser.add_argument("--limit", type=int, help="only so many photos of each set, to try the script")
     parser.add_argument("--commit", default=git_commit(), help="of the code that is run")
     changes = parser.add_argument_group("changes to the recipe")
     for field in fields(Settings):
-        changes.add_argument(f"--{field.name.replace('_', '-')}", type=type(getattr(RECIPES["gpu"], field.name)))
+        changes.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default))
     return parser.parse_args()
 
 
 def main() -> None:
     given = read_arguments()
     changes = {f.name: v for f in fields(Settings) if (v := getattr(given, f.name)) is not None}
-    settings = replace(RECIPES[given.recipe], **changes)
-    given.out.mkdir(parents=True, exist_ok=True)
-    recorded, wanted = given.out / "settings.json", json.dumps(asdict(settings), indent=2) + "\n"
-    if recorded.exists() and recorded.read_text() != wanted:
-        sys.exit(f"{given.out} holds runs of another recipe ({recorded}); give another --out")
-    recorded.write_text(wanted)
+    settings = replace(RECIPES[given.dataset][given.recipe], **changes)
+    out = given.out or Path("runs") / f"{given.dataset}-{given.recipe}"
+    out.mkdir(parents=True, exist_ok=True)
+    recorded = out / "settings.json"
+    what = {"dataset": given.dataset, "tune": given.tune, "limit": given.limit}
+    if recorded.exists() and read_settings(recorded) != (what, settings):
+        sys.exit(f"{out} holds runs of another data set or recipe ({recorded}); give another --out")
+    recorded.write_text(json.dumps(what | asdict(settings), indent=2) + "\n")
     stop_at, command = time.time() + 60 * given.minutes, shlex.join(["python", *sys.argv])
     jobs = [
-        Job(model, seed, settings, given.data, given.out, given.tune, given.limit, stop_at, given.commit, command)
+        Job(
+            given.dataset,
+            model,
+            seed,
+            settings,
+            given.data,
+            out,
+            given.tune,
+            given.limit,
+            stop_at,
+            given.commit,
+            command,
+        )
         for seed in given.seeds  # one seed of every model first: a stop leaves something to compare
         for model in given.models
     ]
-    run_all(jobs, given.jobs, given.out)
-    rows = read_rows(given.out / "results.csv")
+    stop_on_signals()
+    failed = run_all(jobs, given.jobs, out)
+    rows = read_rows(out / "results.csv")
     for model in given.models:
         scores = [float(row["top1"]) for row in rows if row["model"] == model]
         if scores:
             spread = f" ± {np.std(scores, ddof=1):.2f}" if len(scores) > 1 else ""
-            print(f"{model}: {np.mean(scores):.2f}{spread} % (n = {len(scores)})")
+            print(f"{MODELS[model].label}: {np.mean(scores):.2f}{spread} % (n = {len(scores)})")
+    sys.exit(1 if failed else 0)
 
 
 if __name__ == "__main__":
