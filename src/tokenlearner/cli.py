@@ -162,15 +162,15 @@ def evaluate(
     ] = "auto",
     json: Json = False,
 ) -> None:
-    """Score a saved model.
+    """Score a model: a folder it was saved in, or the name of one with weights.
 
     Example: `tokenlearner evaluate runs/photos photos`
     """
     from tokenlearner.evaluation.protocols import score
-    from tokenlearner.insertion.saving import load
+    from tokenlearner.models import open_trained
 
     result = score(
-        load(model),
+        open_trained(model),
         model,
         data,
         protocol=protocol,
@@ -213,15 +213,15 @@ def predict(
     on_error: OnError = "skip",
     json: Json = False,
 ) -> None:
-    """Label pictures: files, or folders of them.
+    """Label pictures: files, or folders of them. MODEL is a saved folder, or the name of a model with weights.
 
     Example: `tokenlearner predict runs/photos holiday.jpg`
     """
     from tokenlearner.data.images import Damaged, damaged_entries, find_images
     from tokenlearner.evaluation.predict import predict as run
-    from tokenlearner.insertion.saving import load
+    from tokenlearner.models import open_trained
 
-    loaded = load(model)
+    loaded = open_trained(model)
     found = [path for file in files for path in find_images(file)]
     predictions = list(run(loaded, found, top=top, on_error=on_error))
     damaged = damaged_entries(Damaged(p.file, p.error) for p in predictions if p.error)
@@ -331,9 +331,9 @@ def maps(
     """
     from tokenlearner.data.images import find_images
     from tokenlearner.evaluation.predict import write_sheets
-    from tokenlearner.insertion.saving import load
+    from tokenlearner.models import open_trained
 
-    loaded = load(model)
+    loaded = open_trained(model)
     found = [path for file in files for path in find_images(file)]
     sheets = write_sheets(loaded, found, output, layer=layer, columns=columns, on_error=on_error)
 
@@ -391,6 +391,8 @@ def print_models(summary: dict[str, Any], last: str) -> None:
     ]
     print_table(COLUMNS, [cells(model, models[0]) for model in models])
     warn_damaged(summary.get("damaged"))
+    if init := summary.get("init"):
+        print(f"from {init['from']}: {len(init['new'])} tensors new, {len(init['unused'])} left out (see summary.json)")
     print(f"{summary['seconds']:.0f} s in all; {last}")
 
 

@@ -14,11 +14,11 @@ import tokenlearner
 from tokenlearner.models import PRESETS, Preset, presets, vit
 
 NAME = re.compile(
-    r"tokenlearner_(?P<size>[sblh])(?P<patch>\d+)_(?P<resolution>\d+)"
+    r"tokenlearner_(?P<size>[sblh]|micro)(?P<patch>\d+)_(?P<resolution>\d+)"
     r"_(plain|(?P<tokens>\d+)at(?P<at>\d+)|pool(?P<pooling>\d+at\d+(_\d+at\d+)*))"
-    r"(_of(?P<layers>\d+))?(_plus(?P<extra>\d+))?(_(?P<fuser>fuser|unpool|reproject))?"
+    r"(_of(?P<layers>\d+))?(_plus(?P<extra>\d+))?(_(?P<kind>mlp))?(_(?P<fuser>fuser|unpool|reproject))?"
 )
-WIDTHS = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "h": (1280, 32, 16)}
+WIDTHS = {"s": (384, 12, 6), "b": (768, 12, 12), "l": (1024, 24, 16), "h": (1280, 32, 16), "micro": (128, 4, 4)}
 
 # One of each kind of name.
 SHRUNKEN = [
@@ -81,11 +81,12 @@ def test_a_model_is_what_its_name_says(name):
     assert model.pos_embed.shape == (1, side**2, width)
     assert model.cls_token is None
     assert model.global_pool == "avg"
-    assert (model.norm.eps, type(model.fc_norm)) == (1e-6, torch.nn.Identity)
+    norm, none = (model.fc_norm, model.norm) if said["size"] == "micro" else (model.norm, model.fc_norm)
+    assert (norm.eps, type(none)) == (1e-6, torch.nn.Identity)
     assert model.pretrained_cfg["input_size"] == (3, *model.patch_embed.img_size)
     spec = tokenlearner.insertion_of(model)
     if said["tokens"]:
-        assert (spec.num_tokens, spec.at, spec.kind) == (int(said["tokens"]), int(said["at"]), "conv")
+        assert (spec.num_tokens, spec.at, spec.kind) == (int(said["tokens"]), int(said["at"]), said["kind"] or "conv")
         assert (spec.fuser, spec.extra_layers, spec.host_depth) == (said["fuser"], extra, depth)
     else:
         assert spec is None

@@ -1,6 +1,7 @@
 """The paper's models. Importing this registers them with timm: ``timm.create_model("tokenlearner_b16_384_8at6")``."""
 
 from tokenlearner.models import vit as _vit  # noqa: F401 - registers the models
+from tokenlearner.models.opening import open_trained
 from tokenlearner.models.paper import paper_rows
 from tokenlearner.models.pooling import PooledViT
 from tokenlearner.models.presets import PRESETS, Preset
@@ -14,5 +15,6 @@ __all__ = [
     "Preset",
     "load_scenic",
     "load_vit_weights",
+    "open_trained",
     "paper_rows",
 ]

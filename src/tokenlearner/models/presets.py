@@ -1,4 +1,4 @@
-"""Every image model of the paper as data, its baselines included, and the weights somebody has trained for them.
+"""Every image model of the paper as data, its baselines included, and the ones that come with weights.
 
 A name says all there is to know, read from left to right: ``tokenlearner_<size><patch>_<resolution>_<what>``, where
 *what* is ``plain`` (no TokenLearner), ``8at6`` (8 tokens before layer 6) or ``pool8at9_2at18`` (mean pooling to an 8×8
@@ -26,9 +26,17 @@ class Size:
     width: int
     layers: int
     heads: int
+    norm_last: bool = False
+    """Norm after the mean over tokens, as timm's pooled ViTs do, and not before it, as the official code does."""
 
 
-SIZES = {"s": Size(384, 12, 6), "b": Size(768, 12, 12), "l": Size(1024, 24, 16), "h": Size(1280, 32, 16)}
+SIZES = {
+    "s": Size(384, 12, 6),
+    "b": Size(768, 12, 12),
+    "l": Size(1024, 24, 16),
+    "h": Size(1280, 32, 16),
+    "micro": Size(128, 4, 4, norm_last=True),  # ours, for 32×32 pixels; the paper has no such model
+}
 
 
 @dataclass(frozen=True)
@@ -60,7 +68,7 @@ class Preset:
         return f"tokenlearner_{self.size}{self.patch}_{self.resolution}_{what}{layers}{extra}{kind}{fuser}"
 
     def host_arguments(self) -> dict[str, Any]:
-        """The VisionTransformer to insert into: no class token, norm, then the mean of all tokens, then the head."""
+        """The VisionTransformer to insert into: no class token, the head on the mean of all tokens."""
         size = SIZES[self.size]
         return {
             "img_size": self.resolution,
@@ -70,7 +78,7 @@ class Preset:
             "num_heads": size.heads,
             "class_token": False,
             "global_pool": "avg",
-            "fc_norm": False,
+            "fc_norm": size.norm_last,
         }
 
 
@@ -107,6 +115,9 @@ def _presets() -> list[Preset]:
         Preset("l", 16, 512, pooling=((9, 8), (18, 2))),
         Preset("l", 16, 512, pooling=((12, 8), (18, 2))),
         Preset("l", 16, 512, pooling=((12, 4),)),
+        # Ours, with weights: what studies/photos trains on CIFAR-10.
+        Preset("micro", 4, 32),
+        *(Preset("micro", 4, 32, 8, at, kind="mlp") for at in (2, 3)),
     ]
 
 
@@ -115,4 +126,15 @@ PRESETS: dict[str, Preset] = {preset.name: preset for preset in _presets()}
 # "name.tag" → what timm's pretrained_cfg of those weights says beyond the defaults in vit.py: `file` in the folder
 # weights/ beside this file, `num_classes`, `label_names`, `mean`, `std`, `crop_pct`, `license`, `description`. The
 # first tag of a name is what pretrained=True takes.
-WEIGHTS: dict[str, dict[str, Any]] = {}
+_CIFAR10 = {
+    "num_classes": 10,
+    "label_names": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
+    "mean": (0.4914, 0.4822, 0.4465),
+    "std": (0.247, 0.2435, 0.2616),
+    "crop_pct": 1.0,
+    "license": "apache-2.0",
+}
+WEIGHTS: dict[str, dict[str, Any]] = {
+    f"tokenlearner_micro4_32_{what}.cifar10": {"file": f"tokenlearner_micro4_32_{what}.cifar10.safetensors", **_CIFAR10}
+    for what in ("plain", "8at2_mlp", "8at3_mlp")
+}

@@ -45,13 +45,17 @@ def load_vit_weights(model: nn.Module, state_dict: Mapping[str, Tensor], *, grid
         if f"{old}.weight" in source and f"{old}.weight" not in target and f"{new}.weight" in target:
             source.update({f"{new}.{part}": source.pop(f"{old}.{part}") for part in ("weight", "bias")})
     unused = [key for key in source if key not in target and (key == "cls_token" or _is_inserted(key))]
-    head = [key for key in source if key.startswith("head.")]
+    head = [key for key in source if key.startswith(("head.", "head_dist."))]
     if any(key not in target or source[key].shape != target[key].shape for key in head):
         unused += head
     for key in unused:
         del source[key]
 
-    own = {*inserted_parameters(model), "cls_token", "head.weight", "head.bias"}
+    own = {
+        *inserted_parameters(model),
+        "cls_token",
+        *(f"{h}.{p}" for h in ("head", "head_dist") for p in ("weight", "bias")),
+    }
     kept = [key for key in target if key not in source]
     lacking = [key for key in kept if key not in own and not _is_inserted(key)]
     foreign = [key for key in source if key not in target]
@@ -83,10 +87,12 @@ def fit_positions(
     host = cast(Any, model)
     state = dict(state)
     positions, own = state.get("pos_embed"), host.pos_embed
-    if positions is None or own is None:
+    if positions is None or own is None or positions.shape[-1] != own.shape[-1]:  # of another width nothing fits
         return state
     new_grid = tuple(host.patch_embed.grid_size)
-    for prefix in (1, 0) if class_token else (0,):
+    registers = state["reg_token"].shape[1] if "reg_token" in state else 0
+    before_patches = int(class_token) + ("dist_token" in state) + registers
+    for prefix in sorted({before_patches, 0}, reverse=True):
         if old_grid := _grid_of(positions.shape[1] - prefix, new_grid, grid):
             break
     else:

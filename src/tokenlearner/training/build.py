@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from tokenlearner.core.alpha import Grid
+from tokenlearner.core.learner import TokenLearner
 from tokenlearner.errors import InputError
 from tokenlearner.insertion.hosting import build_host
-from tokenlearner.insertion.insert import insert
+from tokenlearner.insertion.insert import insert, insertion_of
 from tokenlearner.insertion.saving import Preprocessing, load, read_config
 from tokenlearner.models.weights import LoadedWeights, load_vit_weights
 from tokenlearner.training.losses import HEAD_BIAS
@@ -33,20 +34,34 @@ def build_model(recipe: Recipe, num_classes: int | None, on: str = "cpu") -> nn.
         InputError: timm does not know the name, can't fetch its weights, or the insertion does not fit.
     """
     model = _host(recipe, num_classes, on)
-    if recipe.tokens == 0:
+    own = insertion_of(model)  # of a model that is published with a TokenLearner
+    if recipe.tokens == 0 or (own and _insertion(recipe) == _insertion(Recipe())):
         return model
     try:
-        return insert(
-            model, recipe.tokens, recipe.at, recipe.kind, fuser=recipe.fuser, extra_layers=recipe.extra_layers
-        )
+        return insert(model, **_insertion(recipe))
     except (TypeError, ValueError) as error:
         raise InputError(str(error)) from error
 
 
+def _insertion(recipe: Recipe) -> dict[str, Any]:
+    """The arguments of ``insert``: the recipe's, or where it says nothing those of the model in init's folder."""
+    names = ("tokens", "at", "kind", "fuser", "extra_layers")
+    asked = {name: getattr(recipe, name) for name in names}
+    if _host_is_inits(recipe) and asked == {name: getattr(Recipe(), name) for name in names}:
+        saved = read_config(Path(str(recipe.init)))["insertion"]
+        if saved:
+            return {name: value for name, value in saved.items() if name != "host_depth"}
+    return {"num_tokens": asked.pop("tokens"), **asked}
+
+
+def _host_is_inits(recipe: Recipe) -> bool:
+    return recipe.model is None and recipe.init is not None and Path(recipe.init).is_dir()
+
+
 def model_name(recipe: Recipe) -> str:
     """What the recipe's model is called in reports."""
-    if recipe.model is None and recipe.init and Path(recipe.init).is_dir():
-        return Path(recipe.init).name
+    if _host_is_inits(recipe):
+        return Path(str(recipe.init)).resolve().name
     return recipe.model or recipe.init or DEFAULT_MODEL
 
 
@@ -56,11 +71,16 @@ def _host(recipe: Recipe, num_classes: int | None, on: str) -> nn.Module:
         options["num_classes"] = num_classes
     if recipe.image_size is not None:
         options["img_size"] = recipe.image_size
-    if recipe.model is None and recipe.init and Path(recipe.init).is_dir():
-        host = read_config(Path(recipe.init))["host"]
+    if _host_is_inits(recipe):
+        host = read_config(Path(str(recipe.init)))["host"]
+        arguments = host.get("arguments")
+        if isinstance(arguments, dict):  # build_host refuses anything else
+            arguments = {**arguments, **options}
         with torch.device(on):
-            model = build_host({**host, "arguments": {**host["arguments"], **options}})
+            model = build_host({**host, "arguments": arguments})
     else:
+        if recipe.init:
+            _check_known(recipe.init)
         model = _timm_model(model_name(recipe), recipe.pretrained, options, on)
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1,))[0]
     if recipe.image_size is not None and recipe.image_size % patch:
@@ -70,11 +90,19 @@ def _host(recipe: Recipe, num_classes: int | None, on: str) -> nn.Module:
     return model
 
 
+def _check_known(init: str) -> None:
+    if not (Path(init).is_dir() or timm.is_model(init)):
+        raise InputError(f"init is {init!r}: give the folder of a saved model or a name timm knows{_hint(init)}")
+
+
+def _hint(name: str) -> str:
+    near = difflib.get_close_matches(name, timm.list_models(), n=3)
+    return f"; did you mean {' or '.join(near)}?" if near else "; see timm.list_models('vit*')"
+
+
 def _timm_model(name: str, pretrained: bool, options: dict[str, Any], on: str) -> nn.Module:
     if not timm.is_model(name):
-        near = difflib.get_close_matches(name, timm.list_models(), n=3)
-        hint = f"; did you mean {' or '.join(near)}?" if near else "; see timm.list_models('vit*')"
-        raise InputError(f"timm has no model {name!r}{hint}")
+        raise InputError(f"timm has no model {name!r}{_hint(name)}")
     try:
         with torch.device(on):
             return timm.create_model(name, pretrained=pretrained, **options)
@@ -85,7 +113,7 @@ def _timm_model(name: str, pretrained: bool, options: dict[str, Any], on: str) -
             raise InputError(f"timm can't build {name} with {options}: {error}") from error
         raise InputError(
             f"timm's weights for {name} could not be fetched or used ({type(error).__name__}); "
-            "check the connection, or train from scratch without pretrained"
+            "check the connection, or train from scratch, without pretrained and init"
         ) from error
 
 
@@ -96,6 +124,7 @@ class Start(NamedTuple):
     grid: Grid | None
     labels: tuple[str, ...] | None
     preprocessing: Preprocessing | None
+    form: dict[str, str]
 
 
 def read_start(init: str) -> Start:
@@ -104,43 +133,58 @@ def read_start(init: str) -> Start:
     Raises:
         InputError: Neither, or damaged, or not to be fetched.
     """
-    if Path(init).is_dir():
-        model: Any = load(init)
-        labels = model.label_names
-    elif timm.is_model(init):
-        model, labels = _timm_model(init, True, {}, "cpu"), None
-        labels = getattr(model, "label_names", None)
-    else:
-        raise InputError(f"init is {init!r}: give the folder of a saved model or a name timm knows")
+    _check_known(init)
+    model: Any = load(init) if Path(init).is_dir() else _timm_model(init, True, {}, "cpu")
+    labels = getattr(model, "label_names", None)
     grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
-    return Start(model.state_dict(), grid and tuple(grid), labels, Preprocessing.of(model))
+    return Start(model.state_dict(), grid and tuple(grid), labels, Preprocessing.of(model), _form(model))
 
 
-def start_from(model: nn.Module, init: str, labels: Sequence[str]) -> tuple[LoadedWeights, Preprocessing | None]:
+def _form(model: nn.Module) -> dict[str, str]:
+    """What the shapes of a model's weights don't tell, and what they are of no use without."""
+    form = {name: f"{m.kind} ({m.pool})" for name, m in model.named_modules() if isinstance(m, TokenLearner)}
+    heads = [m.num_heads for m in model.modules() if hasattr(m, "num_heads")]
+    return {**form, "attention": f"of {heads[0]} heads"} if heads else form
+
+
+def start_from(model: nn.Module, init: str, labels: Sequence[str]) -> tuple[LoadedWeights, Preprocessing]:
     """Loads the weights ``init`` names into ``model``, whose outputs are ``labels``; how its images are prepared.
 
     The head is taken over if it is of the same classes in the same order. What could not be taken over, and what of the
     model therefore starts anew, is in the answer.
 
     Raises:
-        InputError: The weights are of another kind of model.
+        InputError: The weights are of another kind of model, or nothing says how images are prepared.
     """
     start = read_start(init)
-    state = start.state
+    state, head = dict(start.state), []
     if start.labels is None or tuple(start.labels) != tuple(labels):
-        state = {key: value for key, value in state.items() if not key.startswith("head.")}
+        head = [key for key in state if key.startswith(("head.", "head_dist."))]
+        state = {key: value for key, value in state.items() if key not in head}
     loaded = load_vit_weights(model, state, grid=start.grid)
+    loaded = loaded._replace(unused=(*loaded.unused, *head))
+    for part, here in _form(model).items():
+        if (there := start.form.get(part, here)) != here:
+            raise InputError(f"the ViT weights don't fit the model: {part} is {there} there and {here} in the model")
     own = Preprocessing.of(model)
-    size = own.input_size if own else None
-    if size is None:
-        embed: Any = model.patch_embed
-        size = (embed.proj.in_channels, *embed.img_size)
-    return loaded, replace(start.preprocessing, input_size=size) if start.preprocessing else own
+    prepared = start.preprocessing or own
+    if prepared is None:
+        raise InputError(
+            f"{init} does not say how its images are prepared; save it again with "
+            "save(model, folder, preprocessing=Preprocessing(...))"
+        )
+    if own:
+        return loaded, replace(prepared, input_size=own.input_size)
+    embed: Any = model.patch_embed
+    return loaded, replace(prepared, input_size=(embed.proj.in_channels, *embed.img_size))
 
 
 def prepare_head(model: nn.Module, recipe: Recipe, loaded: LoadedWeights | None) -> None:
     """A new head starts with low biases under the sigmoid loss: most classes are absent from most images."""
-    head: Any = getattr(model, "head", None)
-    is_new = not recipe.pretrained and (loaded is None or "head.bias" in loaded.kept)
-    if recipe.loss == "sigmoid" and is_new and getattr(head, "bias", None) is not None:
-        nn.init.constant_(head.bias, HEAD_BIAS)
+    is_new = loaded is None or "head.bias" in loaded.kept
+    if recipe.pretrained:  # timm keeps the head for as many classes as it was of
+        is_new = getattr(model, "num_classes", None) != getattr(model, "pretrained_cfg", {}).get("num_classes")
+    if recipe.loss == "sigmoid" and is_new:
+        for head in (getattr(model, "head", None), getattr(model, "head_dist", None)):
+            if getattr(head, "bias", None) is not None:
+                nn.init.constant_(head.bias, HEAD_BIAS)  # type: ignore[union-attr]

@@ -52,7 +52,8 @@ class AugmentRecipe:
 @dataclass
 class Recipe:
     model: str | None = None
-    """A timm VisionTransformer; when not given, the one in init's folder, else vit_tiny_patch16_224."""
+    """A timm VisionTransformer. When not given, the model init names (with its TokenLearner, unless tokens, at, kind,
+    fuser or extra_layers say otherwise), else vit_tiny_patch16_224."""
     pretrained: bool = False
     """Start from timm's weights for that model (needs its hub)."""
     init: str | None = None

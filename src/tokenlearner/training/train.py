@@ -15,6 +15,7 @@ import lightning as L
 import torch
 from timm.data import create_transform
 from torch import nn
+from torchvision.transforms import Compose, Grayscale
 
 from tokenlearner.data.images import HELD_OUT, ImageFiles, OnError, collate, damaged_entries
 from tokenlearner.data.sources import ImageData, held_out_names, name_of, read_images
@@ -108,7 +109,7 @@ def train(
         _looks(model, val_set, images, preprocessing) if spec and spec.kind != "average" else (),
         f"tokenlearner train, seed {recipe.seed}, {recipe.epochs} epochs, {seconds:.0f} s on {hardware()}.",
     )
-    started = {"init": {"from": recipe.init, "new": loaded.kept, "unused": loaded.unused}} if loaded else {}
+    started = {"init": {"from": recipe.init, "new": list(loaded.kept), "unused": list(loaded.unused)}} if loaded else {}
     return write_summary(
         output / SUMMARY,
         seconds,
@@ -134,8 +135,8 @@ def input_errors(part: str) -> Iterator[None]:
 
 
 def training_transform(preprocessing: Preprocessing, augment: AugmentRecipe) -> Any:
-    """timm's training transform: random crop, flip, policy, jitter, normalisation, erasing."""
-    return create_transform(
+    """timm's training transform: random crop, flip, policy, jitter, normalisation, erasing; grey for one channel."""
+    transform = create_transform(
         input_size=preprocessing.input_size,
         is_training=True,
         scale=augment.scale,
@@ -147,6 +148,7 @@ def training_transform(preprocessing: Preprocessing, augment: AugmentRecipe) -> 
         mean=preprocessing.mean,
         std=preprocessing.std,
     )
+    return Compose([Grayscale(1), transform]) if preprocessing.input_size[0] == 1 else transform
 
 
 def _recipe_of_run(output: Path, given: Recipe) -> Recipe:

@@ -1,0 +1,43 @@
+"""A trained model by the folder it was saved in, or by its name."""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Any
+
+import timm
+from torch import nn
+
+from tokenlearner.errors import InputError
+from tokenlearner.insertion.saving import Preprocessing, load
+
+
+def open_trained(source: str | Path, **options: Any) -> nn.Module:
+    """The model saved in the folder ``source``, or the one timm or this package has weights of under that name.
+
+    In eval mode, on the CPU, with ``preprocessing`` and ``label_names`` (None if not known). ``options`` go to
+    ``timm.create_model``.
+
+    Raises:
+        InputError: Neither a folder nor a name, weights nobody has published or that can't be fetched.
+    """
+    name = str(source)
+    if Path(source).is_dir():
+        return load(source)
+    if not timm.is_model(name.split(".")[0]):
+        known = timm.list_pretrained("tokenlearner_*")
+        near = difflib.get_close_matches(name, [*known, *(entry.split(".")[0] for entry in known)], n=1)
+        raise InputError(
+            f"there is no folder {name}, and no model of that name; give a saved model's folder or a name such as "
+            f"{(near or known or ['vit_base_patch16_224'])[0]}"
+        )
+    try:
+        model: Any = timm.create_model(name, pretrained=True, **options)
+    except InputError:
+        raise
+    except Exception as error:
+        raise InputError(f"the weights of {name} could not be fetched or used ({type(error).__name__})") from error
+    model.preprocessing = Preprocessing.of(model)
+    model.label_names = getattr(model, "label_names", None)
+    return model.eval()
