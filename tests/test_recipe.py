@@ -1,14 +1,23 @@
 """Recipes from YAML, TOML and overrides: what comes out, and what is said about what can't."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import yaml
 
 from tokenlearner.errors import InputError
-from tokenlearner.training.recipe import AugmentRecipe, OptimizerRecipe, Recipe, load_recipe
+from tokenlearner.training.recipe import (
+    AugmentRecipe,
+    OptimizerRecipe,
+    Recipe,
+    check_recipe,
+    flat_recipe,
+    load_recipe,
+    recipe_from_dict,
+    resumed_recipe,
+)
 
 YAML = """
 tokens: 4
@@ -26,6 +35,36 @@ optimizer = {lr = 1e-3, betas = [0.8, 0.9]}
 [augment]
 hflip = 0
 """
+
+EVERY_FIELD = Recipe(
+    model="vit_small_patch16_224",
+    pretrained=True,
+    init="runs/other",
+    image_size=64,
+    tokens=5,
+    at=2,
+    kind="conv",
+    fuser="unpool",
+    extra_layers=1,
+    epochs=7,
+    batch_size=9,
+    accumulate=3,
+    seed=11,
+    loss="sigmoid",
+    label_smoothing=0.2,
+    ema=0.99,
+    drop_path=0.1,
+    held_out=0.4,
+    workers=1,
+    precision="bf16-mixed",
+    compile=True,
+    grad_checkpointing=True,
+    checkpoint_steps=7,
+    tensorboard=True,
+    wandb=True,
+    optimizer=OptimizerRecipe("lamb", 0.02, 0.03, (0.5, 0.6), 4.5, "linear", 1e-7, None, 0.75),
+    augment=AugmentRecipe("augmix", (0.1, 0.9), 0.25, 0.4, 0.35, 0.8, 0.9),
+)
 
 
 def put(folder: Path, text: str, suffix: str = ".yaml") -> Path:
@@ -70,35 +109,7 @@ def test_overrides_win_over_the_file_which_wins_over_the_defaults(tmp_path, suff
 
 
 def test_every_field_can_be_set_from_a_file_and_from_an_override(tmp_path):
-    wanted = Recipe(
-        model="vit_small_patch16_224",
-        pretrained=True,
-        init="runs/other",
-        image_size=64,
-        tokens=5,
-        at=2,
-        kind="conv",
-        fuser="unpool",
-        extra_layers=1,
-        epochs=7,
-        batch_size=9,
-        accumulate=3,
-        seed=11,
-        loss="sigmoid",
-        label_smoothing=0.2,
-        ema=0.99,
-        drop_path=0.1,
-        held_out=0.4,
-        workers=1,
-        precision="bf16-mixed",
-        compile=True,
-        grad_checkpointing=True,
-        checkpoint_steps=7,
-        tensorboard=True,
-        wandb=True,
-        optimizer=OptimizerRecipe("lamb", 0.02, 0.03, (0.5, 0.6), 4.5, "linear", 1e-7, None, 0.75),
-        augment=AugmentRecipe("augmix", (0.1, 0.9), 0.25, 0.4, 0.35, 0.8, 0.9),
-    )
+    wanted = EVERY_FIELD
     fields = asdict(wanted)
     same = set(flat(asdict(Recipe())).items()) & set(flat(fields).items())
     assert not same, "a field was left out above"
@@ -246,3 +257,144 @@ def test_a_folder_is_no_recipe_file(tmp_path):
 def test_tokens_are_not_rounded(given):
     with pytest.raises(InputError, match=f"tokens.*whole number.*{given}"):
         load_recipe(tokens=given)
+
+
+# ---- numbers that make no sense
+
+
+def with_field(name: str, value: object, recipe: Recipe | None = None) -> Recipe:
+    """``recipe`` with one field, by its dotted name, of another value."""
+    recipe = recipe or Recipe()
+    part, _, key = name.rpartition(".")
+    return replace(recipe, **{part: replace(getattr(recipe, part), **{key: value})} if part else {name: value})
+
+
+NAN, INF = float("nan"), float("inf")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "sentence"),
+    [
+        ("epochs", 0, "epochs must be at least 1, not 0"),
+        ("batch_size", 0, "batch_size must be at least 1, not 0"),
+        ("accumulate", 0, "accumulate must be at least 1, not 0"),
+        ("workers", -1, "workers must be at least 0, not -1"),
+        ("seed", -1, "seed must be at least 0, not -1"),
+        ("checkpoint_steps", 0, "checkpoint_steps must be at least 1, not 0"),
+        ("ema", -0.1, "ema must be at least 0 and below 1, not -0.1; none for no averaging"),
+        ("ema", 1.0, "ema must be at least 0 and below 1, not 1.0; none for no averaging"),
+        ("ema", NAN, "ema must be at least 0 and below 1, not nan; none for no averaging"),
+        ("label_smoothing", 1.0, "label_smoothing must be at least 0 and below 1, not 1.0"),
+        ("label_smoothing", NAN, "label_smoothing must be at least 0 and below 1, not nan"),
+        ("drop_path", -0.5, "drop_path must be at least 0 and below 1, not -0.5"),
+        ("drop_path", 1.0, "drop_path must be at least 0 and below 1, not 1.0"),
+        ("augment.mixup", -0.1, "augment.mixup must be 0 or above, not -0.1"),
+        ("augment.mixup", NAN, "augment.mixup must be 0 or above, not nan"),
+        ("augment.cutmix", -1.0, "augment.cutmix must be 0 or above, not -1.0"),
+        ("augment.cutmix", INF, "augment.cutmix must be 0 or above, not inf"),
+        ("accumulate", 3, "batch_size 64 can't be computed in 3 equal parts"),
+        ("accumulate", 128, "batch_size 64 can't be computed in 128 equal parts"),
+    ],
+)
+def test_numbers_that_make_no_sense_are_named(name, value, sentence):
+    with pytest.raises(InputError) as caught:
+        check_recipe(with_field(name, value))
+    assert str(caught.value) == sentence
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("epochs", 1),
+        ("batch_size", 1),
+        ("accumulate", 64),
+        ("workers", 0),
+        ("seed", 2**32 - 1),
+        ("checkpoint_steps", 1),
+        ("ema", None),
+        ("ema", 0.0),
+        ("ema", 0.99999),
+        ("label_smoothing", 0.0),
+        ("drop_path", 0.99),
+        ("augment.mixup", 5.0),
+        ("pretrained", True),
+        ("init", "runs/other"),
+    ],
+)
+def test_numbers_at_the_edge_make_sense(name, value):
+    check_recipe(with_field(name, value))
+
+
+def test_a_seed_too_large_for_numpy_is_refused_like_one_too_small():
+    """Lightning ends with a traceback at 2**32."""
+    with pytest.raises(InputError, match="seed"):
+        check_recipe(Recipe(seed=2**32))
+
+
+def test_only_one_word_on_where_weights_come_from():
+    with pytest.raises(InputError, match="pretrained and init both say which weights to start from; give one of them"):
+        check_recipe(Recipe(pretrained=True, init="runs/other"))
+
+
+# ---- as JSON, and gone on with
+
+
+@pytest.mark.parametrize("recipe", [Recipe(), EVERY_FIELD], ids=["defaults", "every field"])
+def test_a_recipe_comes_back_from_json(recipe):
+    back = recipe_from_dict(json.loads(json.dumps(asdict(recipe))))
+    assert back == recipe
+    assert plain(back)
+    assert isinstance(back.augment.scale, tuple)
+
+
+def test_what_an_older_recipe_lacks_is_the_default():
+    assert recipe_from_dict({"tokens": 4, "augment": {"hflip": 0.0}}) == Recipe(
+        tokens=4, augment=AugmentRecipe(hflip=0.0)
+    )
+
+
+def test_fields_have_their_names_on_the_command_line():
+    assert flat_recipe(EVERY_FIELD) == flat(asdict(EVERY_FIELD))
+    assert {"tokens", "optimizer.lr", "augment.mixup"} < flat_recipe(Recipe()).keys()
+    assert not {"optimizer", "augment"} & flat_recipe(Recipe()).keys()
+    assert load_recipe(**flat_recipe(EVERY_FIELD)) == EVERY_FIELD
+
+
+FREE = ("workers", "tensorboard", "wandb", "checkpoint_steps", "compile", "grad_checkpointing")
+
+
+def test_a_run_goes_on_by_its_own_recipe():
+    for of_run in (Recipe(), EVERY_FIELD):
+        assert resumed_recipe(of_run, Recipe()) == of_run
+        assert resumed_recipe(of_run, of_run) == of_run
+
+
+@pytest.mark.parametrize("name", flat_recipe(EVERY_FIELD).keys() - set(FREE))
+def test_what_would_change_the_numbers_may_not_change(name):
+    """Even where the run has the default; ``given`` has one field of its own at a time."""
+    wanted = flat_recipe(EVERY_FIELD)[name]
+    there = flat_recipe(Recipe())[name]
+    with pytest.raises(InputError) as caught:
+        resumed_recipe(Recipe(), with_field(name, wanted))
+    assert str(caught.value) == f"{name} is {there} there and {wanted} here; leave it out, or start another run"
+    assert resumed_recipe(EVERY_FIELD, with_field(name, wanted)) == EVERY_FIELD
+
+
+@pytest.mark.parametrize("name", FREE)
+def test_what_changes_no_number_may_change(name):
+    wanted = flat_recipe(EVERY_FIELD)[name]
+    assert resumed_recipe(Recipe(), with_field(name, wanted)) == with_field(name, wanted)
+    assert resumed_recipe(EVERY_FIELD, with_field(name, wanted)) == EVERY_FIELD
+    assert resumed_recipe(with_field(name, wanted), Recipe()) == with_field(name, wanted)
+
+
+def test_the_recipe_of_the_run_is_not_changed_in_place():
+    of_run = Recipe()
+    resumed_recipe(of_run, Recipe(workers=7))
+    assert of_run == Recipe()
+
+
+def test_a_layer_is_no_share():
+    """1 is after the first layer, 1.0 after the last."""
+    with pytest.raises(InputError, match=r"at is 1 there and 1\.0 here"):
+        resumed_recipe(Recipe(at=1), Recipe(at=1.0))

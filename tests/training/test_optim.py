@@ -145,6 +145,40 @@ def test_the_schedule_warms_up_and_follows_a_cosine(warmup_epochs, steps, steps_
             assert group["lr"] == pytest.approx(expected * group["lr_scale"], rel=1e-9)
 
 
+@pytest.mark.parametrize(
+    ("schedule", "middle"), [("linear", (0.4 + 0.01) / 2), ("cosine", 0.01 + 0.39 * (1 + math.cos(0.6 * math.pi)) / 2)]
+)
+@pytest.mark.parametrize("layer_decay", [None, 0.5])
+def test_the_line_falls_from_the_end_of_the_warm_up_and_the_cosine_from_the_start(schedule, middle, layer_decay):
+    """20 of 100 steps warm up, so half of what is left is done at step 60."""
+    recipe = OptimizerRecipe(lr=0.4, min_lr=0.01, warmup_epochs=2, schedule=schedule, layer_decay=layer_decay)
+    optimizer = build_optimizer(inserted(tiny(depth=2)), recipe)
+    steps = build_schedule(optimizer, recipe, 100, 10)
+    after_warmup = 0.4 if schedule == "linear" else 0.01 + 0.39 * (1 + math.cos(0.2 * math.pi)) / 2
+    almost = 0.01 + 0.39 * (1 / 80 if schedule == "linear" else (1 + math.cos(0.99 * math.pi)) / 2)
+    wanted = {0: 0.02, 10: 0.21, 19: 0.381, 20: after_warmup, 60: middle, 99: almost, 100: 0.01, 107: 0.01}
+    for step, rate in wanted.items():
+        if step:  # the first is set without a call
+            steps.step_update(step)
+        for group in optimizer.param_groups:
+            assert group["lr"] == pytest.approx(rate * group["lr_scale"], rel=1e-9)
+
+
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+@pytest.mark.parametrize("steps", [1, 2, 3])
+def test_very_short_runs_have_a_rate(schedule, steps):
+    recipe = OptimizerRecipe(lr=0.4, min_lr=0.01, schedule=schedule)
+    optimizer = build_optimizer(inserted(tiny(depth=2)), recipe)
+    scheduler = build_schedule(optimizer, recipe, steps, 1)
+    rates = [optimizer.param_groups[0]["lr"]]
+    for step in range(1, steps + 1):
+        scheduler.step_update(step)
+        rates.append(optimizer.param_groups[0]["lr"])
+    assert rates[0] == 0.4
+    assert rates[-1] == 0.01
+    assert all(0.01 <= rate <= 0.4 for rate in rates)
+
+
 def test_the_schedule_moves_the_weights_by_its_rate():
     """One SGD step on the gradient 1: each parameter moves by the scheduled rate times its own scale."""
     model = inserted(tiny(depth=2))

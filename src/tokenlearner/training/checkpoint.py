@@ -48,6 +48,10 @@ class WithinEpoch(ModelCheckpoint):
     not after an epoch's last, from where Lightning would go on with the next epoch, without validation.
     """
 
+    @property
+    def state_key(self) -> str:
+        return type(self).__name__  # without the number of steps, which may change when a run goes on
+
     def on_train_batch_end(
         self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib.util
 import logging
 import os
 import sys
@@ -77,6 +78,7 @@ def fit(
     Raises:
         InputError: Recipe, labels, processes or checkpoint don't go together, or the training has gone wrong.
     """
+    check_run(recipe, multilabel)
     folder.mkdir(parents=True, exist_ok=True)
     classifier = Classifier(model.train(), recipe, num_classes, multilabel=multilabel, data=data)
     progress = read_progress(folder, data) if resume else None
@@ -88,8 +90,10 @@ def fit(
         model.compile()
     callbacks: list[Callback] = [RichProgressBar() if sys.stderr.isatty() else LineProgress()]
     callbacks.append(AfterEpoch(after_epoch or (lambda: None)))
+    averaging = None
     if recipe.ema is not None:  # after AfterEpoch: it swaps the averaged weights in for validation, and out at its end
-        callbacks.append(WeightAveraging(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema)))
+        averaging = WeightAveraging(use_buffers=False, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema))
+        callbacks.append(averaging)
     if checkpoints:
         callbacks += checkpoint_callbacks(folder, recipe.checkpoint_steps)
     start = time.perf_counter()
@@ -120,6 +124,8 @@ def fit(
             ckpt_path=progress.path if progress else None,
             weights_only=True,
         )
+        if averaging is not None:  # Lightning leaves this out where a run that has ended is gone on with
+            averaging.on_train_end(trainer, classifier)
     damaged = _from_all_processes(classifier.damaged)
     if recipe.compile:
         model._compiled_call_impl = None
@@ -132,6 +138,22 @@ def fit(
         history=classifier.history,
         damaged=tuple(damaged.values()),
         metric="mean average precision" if multilabel else "accuracy",
+    )
+
+
+def check_run(recipe: Recipe, multilabel: bool) -> None:
+    """What can be known before anything is written.
+
+    Raises:
+        InputError: Labels and loss don't go together, a logger is not installed, or a batch can't be shared out.
+    """
+    if multilabel and recipe.loss != "sigmoid":
+        raise InputError("these images have several labels, or none: use --loss sigmoid")
+    for name, wanted in (("tensorboard", recipe.tensorboard), ("wandb", recipe.wandb)):
+        if wanted and importlib.util.find_spec(name) is None:
+            raise InputError(f"the recipe logs to {name}, which is not installed: pip install {name}")
+    EpochBatches(
+        0, recipe.batch_size, shuffle=True, processes=Processes.of_torchrun().processes, parts=recipe.accumulate
     )
 
 
@@ -181,11 +203,7 @@ def _length(dataset: Dataset[Any]) -> int:
 
 
 def new_loggers(folder: Path, recipe: Recipe, progress: Progress | None) -> list[Logger]:
-    """metrics.csv, with what it had of a run that goes on, and whatever else the recipe names.
-
-    Raises:
-        InputError: A logger that is not installed.
-    """
+    """metrics.csv, with what it had of a run that goes on, and whatever else the recipe names."""
     path = folder / "metrics.csv"
     kept: list[dict[str, Any]] = list(progress.history) if progress else []
     if progress and path.exists():  # the rows of an epoch are in the history, those of steps only there
@@ -196,14 +214,10 @@ def new_loggers(folder: Path, recipe: Recipe, progress: Progress | None) -> list
     if Processes.of_torchrun().rank == 0:
         table.experiment.metrics = sorted(kept, key=lambda row: int(row["step"]))  # it deletes the old file
     loggers: list[Logger] = [table]
-    try:
-        if recipe.tensorboard:
-            loggers.append(TensorBoardLogger(folder, name="", version=""))
-        if recipe.wandb:
-            loggers.append(WandbLogger(project="tokenlearner", name=folder.name, save_dir=folder))
-    except ImportError as error:
-        missing = "wandb" if not recipe.tensorboard or len(loggers) > 1 else "tensorboard"
-        raise InputError(f"the recipe logs to {missing}, which is not installed: pip install {missing}") from error
+    if recipe.tensorboard:
+        loggers.append(TensorBoardLogger(folder, name="", version=""))
+    if recipe.wandb:
+        loggers.append(WandbLogger(project="tokenlearner", name=folder.name, save_dir=folder))
     return loggers
 
 
@@ -279,6 +293,7 @@ class quiet_lightning(warnings.catch_warnings):  # noqa: N801 - reads as the con
         warnings.filterwarnings("ignore", category=PossibleUserWarning)
         warnings.filterwarnings("ignore", message="Experiment logs directory")  # the model is saved next to its log
         warnings.filterwarnings("ignore", message="Checkpoint directory")  # one file, written over
+        warnings.filterwarnings("ignore", message="The dirpath has changed")  # of a run that was moved
         warnings.filterwarnings("ignore", message=".*returned `None`")  # a batch of damaged files alone
         warnings.filterwarnings("ignore", message=".*LeafSpec", category=FutureWarning)  # Lightning 2.6 on torch 2.13
         self._levels = {name: logging.getLogger(name).level for name in ("lightning.pytorch", "lightning.fabric")}

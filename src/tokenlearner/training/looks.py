@@ -18,16 +18,23 @@ from tokenlearner.inspection.report import Look
 def looks_at(
     model: nn.Module,
     images: Float[Tensor, "b c height width"],
-    labels: Int[Tensor, " b"],
+    labels: Int[Tensor, " b"] | Float[Tensor, "b classes"],
     preprocessing: Preprocessing,
     names: Sequence[str],
 ) -> list[Look]:
-    """One look per image: the picture with its prediction, and the first learner's maps over it."""
+    """One look per image: the picture with its prediction, and the first learner's maps over it.
+
+    Of multi-label images, whose ``labels`` are (b, classes) of 0.0 and 1.0, every class above one half is predicted.
+    """
     maps = next(iter(attention_maps(model, images).values()))
-    predicted = model(images).argmax(dim=-1)
+    logits = model(images)
     looks = []
-    for image, label, guess, attention in zip(images, labels, predicted, maps):
+    for image, label, scores, attention in zip(images, labels, logits, maps):
         picture = picture_of(image, preprocessing)
-        caption = names[guess] if guess == label else f"{names[guess]}, is {names[label]}"
+        if label.ndim:
+            said, true = (", ".join(names[i] for i in part.nonzero()) or "nothing" for part in (scores > 0, label > 0))
+        else:
+            said, true = names[int(scores.argmax())], names[int(label)]
+        caption = said if said == true else f"{said}, is {true}"
         looks.append(Look(picture, caption, [overlay(picture, a) for a in attention]))
     return looks

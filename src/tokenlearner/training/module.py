@@ -43,17 +43,12 @@ class Classifier(L.LightningModule):
 
     Args:
         data: What identifies the training data; a checkpoint of a run on other data is refused.
-
-    Raises:
-        InputError: Labels and loss don't go together.
     """
 
     def __init__(
         self, model: nn.Module, recipe: Recipe, num_classes: int, *, multilabel: bool = False, data: str = ""
     ) -> None:
         super().__init__()
-        if multilabel and recipe.loss != "sigmoid":
-            raise InputError("these images have several labels, or none: use --loss sigmoid")
         self.model = model
         self.recipe = recipe
         self.data = data
@@ -127,6 +122,8 @@ class Classifier(L.LightningModule):
                 f"{self.recipe.optimizer.lr}), lengthen optimizer.warmup_epochs or set optimizer.clip_norm"
             )
         self.scores = {"val_loss": val_loss, self.score_name: float(self.score.compute())}
+        if math.isnan(self.scores[self.score_name]):
+            raise InputError("none of the held-out images has a class, so there is nothing to score")
         self.log(self.score_name, self.scores[self.score_name], prog_bar=True, logger=False)
 
     def configure_optimizers(self) -> Any:

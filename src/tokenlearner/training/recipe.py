@@ -113,6 +113,8 @@ def check_recipe(recipe: Recipe) -> None:
     for name, least in least_values.items():
         if getattr(recipe, name) < least:
             raise InputError(f"{name} must be at least {least}, not {getattr(recipe, name)}")
+    if recipe.seed >= 2**32:
+        raise InputError(f"seed must be below 2^32, not {recipe.seed}")
     if recipe.ema is not None and not 0 <= recipe.ema < 1:
         raise InputError(f"ema must be at least 0 and below 1, not {recipe.ema}; none for no averaging")
     for name, value in (("label_smoothing", recipe.label_smoothing), ("drop_path", recipe.drop_path)):
@@ -163,7 +165,8 @@ def resumed_recipe(of_run: Recipe, given: Recipe) -> Recipe:
     default = flat_recipe(Recipe())
     there, here = flat_recipe(of_run), flat_recipe(given)
     for name, value in here.items():
-        if name not in _FREE and value not in (default[name], there[name]):
+        known = [(type(other[name]), other[name]) for other in (default, there)]  # at=1 is a layer and at=1.0 the end
+        if name not in _FREE and (type(value), value) not in known:
             raise InputError(f"{name} is {there[name]} there and {value} here; leave it out, or start another run")
     return replace(of_run, **{name: here[name] for name in _FREE if here[name] != default[name]})
 

@@ -26,8 +26,8 @@ from tokenlearner.inspection.report import write_report
 from tokenlearner.inspection.speed import measure_speed
 from tokenlearner.inspection.summary import hardware, write_summary
 from tokenlearner.training.build import build_model, model_name, prepare_head, start_from
-from tokenlearner.training.checkpoint import last_checkpoint
-from tokenlearner.training.fit import Processes, fit, result_of
+from tokenlearner.training.checkpoint import last_checkpoint, read_progress
+from tokenlearner.training.fit import Processes, check_run, fit, result_of
 from tokenlearner.training.looks import looks_at
 from tokenlearner.training.optim import build_optimizer
 from tokenlearner.training.recipe import AugmentRecipe, Recipe, check_recipe, recipe_from_dict, resumed_recipe
@@ -70,6 +70,11 @@ def train(
         transform = training_transform(preprocessing, recipe.augment)
     with input_errors("optimizer"):
         build_optimizer(model, recipe.optimizer)  # fit builds its own; here it fails before a folder is written
+    # Whatever fit would refuse is refused here, before a file of an earlier run is touched.
+    fingerprint = _fingerprint(images, Path(data))
+    check_run(recipe, images.train.multilabel)
+    if resume:
+        read_progress(output, fingerprint)
     if is_first:
         _prepare_output(output, recipe, images, resume)
 
@@ -90,7 +95,7 @@ def train(
         multilabel=images.train.multilabel,
         checkpoints=True,
         resume=resume,
-        data=_fingerprint(images, Path(data)),
+        data=fingerprint,
     )
     if not is_first:
         return {}
@@ -161,7 +166,7 @@ def _recipe_of_run(output: Path, given: Recipe) -> Recipe:
         return resumed_recipe(recipe_from_dict(json.loads(path.read_text(encoding="utf-8"))), given)
     except InputError as error:
         raise InputError(f"--resume goes on with the recipe in {path}: {error}") from error
-    except (OSError, ValueError, TypeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is not a recipe of this version: {error}") from error
 
 
