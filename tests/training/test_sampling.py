@@ -218,3 +218,26 @@ def test_a_batch_that_does_not_divide(batch_size, processes, parts):
     sentence = f"batch_size {batch_size} can't be split evenly over {processes} processes and {parts} parts"
     with pytest.raises(InputError, match=sentence):
         EpochBatches(40, batch_size, shuffle=True, processes=processes, parts=parts)
+
+
+class Noise(Dataset):
+    """Makes a whole batch at once, of random numbers."""
+
+    def __len__(self) -> int:
+        return 9
+
+    def __getitem__(self, place: int) -> float:
+        raise AssertionError("a batch is asked for at once")
+
+    def __getitems__(self, places: list[int]) -> list[tuple[int, float]]:
+        return list(zip(places, torch.rand(len(places)).tolist()))
+
+
+def test_a_data_set_that_makes_whole_batches_is_asked_for_them():
+    batches = list(EpochBatches(9, 4, shuffle=True, seed=3))
+    seeded = Seeded(Noise())
+    first = [seeded.__getitems__(batch) for batch in batches]
+    torch.rand(5)
+    assert [seeded.__getitems__(batch) for batch in reversed(batches)] == first[::-1]
+    assert [[place for place, _ in batch] for batch in first] == [[d.place for d in batch] for batch in batches]
+    assert seeded.__getitems__([]) == []

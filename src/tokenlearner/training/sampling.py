@@ -96,7 +96,10 @@ class EpochBatches(Sampler[list[Draw]]):
 
 
 class Seeded(Dataset[Any]):
-    """``dataset`` by :class:`Draw`, its random number generators set anew for every sample."""
+    """``dataset`` by :class:`Draw`, its random number generators set anew for every sample.
+
+    For every batch where ``dataset`` makes whole batches (``__getitems__``).
+    """
 
     def __init__(self, dataset: Dataset[Any]) -> None:
         self.dataset = dataset
@@ -108,6 +111,13 @@ class Seeded(Dataset[Any]):
     def __getitem__(self, draw: Draw) -> Any:
         seed_everything(draw.seed)
         return self.dataset[draw.place]
+
+    def __getitems__(self, draws: list[Draw]) -> list[Any]:
+        fetch = getattr(self.dataset, "__getitems__", None)
+        if fetch is None or not draws:
+            return [self[draw] for draw in draws]
+        seed_everything(draws[0].seed)
+        return fetch([draw.place for draw in draws])
 
 
 def seed_step(seed: int, epoch: int, part: int, rank: int) -> None:
