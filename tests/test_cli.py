@@ -24,7 +24,7 @@ import tokenlearner
 from tokenlearner.cli import main
 from tokenlearner.inspection.summary import ModelResult, write_summary
 
-COMMANDS = ("demo", "train", "shards", "evaluate", "predict", "cost", "maps", "paper")
+COMMANDS = ("demo", "train", "shards", "evaluate", "predict", "cost", "maps", "paper", "data")
 COLOURS = {"red": (210, 40, 40), "blue": (40, 60, 210)}
 TINY = ("--model", "test_vit", "--image-size", "32", "--tokens", "2", "--batch-size", "8", "--workers", "0")
 
@@ -449,7 +449,7 @@ def bad_inputs() -> list:
         (f"train {{photos}} {new} {tiny} --optimizer.name adm", "optimizer does not fit: Optimizer adm not found"),
         (f"train {{photos}} {new} {tiny} --optimizer.betas 2 3", "optimizer does not fit"),
         (f"train {{photos}} {new} {tiny} --augment.auto-augment x", "augment does not fit: Unknown AA policy x"),
-        (f"evaluate {gone} {{photos}}", "{tmp}/gone is not a saved model: it has no config.json"),
+        (f"evaluate {gone} {{photos}}", "there is no folder {tmp}/gone, and no model of that name"),
         ("evaluate {tmp}/empty {photos}", "{tmp}/empty is not a saved model: it has no config.json"),
         ("evaluate {model} {tmp}/gone", "{tmp}/gone can't be listed"),
         ("evaluate {model} {tmp}/green", "{tmp}/green/green is not one of the 2 known classes: blue, red"),

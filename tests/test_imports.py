@@ -71,6 +71,7 @@ NEEDS_ONLY = {
     "insertion": {"torch", "torchvision", "einops", "jaxtyping", "timm", "safetensors"},
 }
 ONLY_IN = {
+    "av": {"data"},
     "cyclopts": {"cli", "training"},  # and there in recipe_files.py alone, see below
     "lightning": {"training", "evaluation"},
     "matplotlib": {"inspection"},
@@ -121,7 +122,7 @@ def test_training_needs_no_command_line_parser():
     assert users == {("cli.py", ""), ("training/recipe.py", "load_recipe")}  # the latter inside the function
 
 
-HEAVY = ["torch", "timm", "torchvision", "numpy", "lightning", "torchmetrics", "cyclopts", "matplotlib", "einops"]
+HEAVY = ["av", "torch", "timm", "torchvision", "numpy", "lightning", "torchmetrics", "cyclopts", "matplotlib", "einops"]
 
 
 def test_importing_the_package_imports_nothing_heavy():

@@ -346,6 +346,50 @@ def maps(
     show(sheets.to_dict(), json, table)
 
 
+@app.command(name="data")
+def show_data(
+    data: Path,
+    *,
+    output: Annotated[Path | None, Parameter(help="PNG file to draw the counts into.")] = None,
+    frame_fps: Annotated[
+        float | None, Parameter(help="Folders of pictures are videos of so many frames a second.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Count what a set of pictures or videos holds: classes, clips, hours, sizes, rates and damaged files.
+
+    DATA is what `train` takes, or folders of videos, or a CSV that lists them. Every picture is decoded, of every
+    video the first frame. Example: `tokenlearner data videos --output videos.png`
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from tokenlearner.data.statistics import statistics
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("files", total=None)
+        document = statistics(
+            data, frame_fps=frame_fps, progress=lambda done, total: bar.update(task, completed=done, total=total)
+        )
+    if output is not None:
+        from tokenlearner.inspection.statistics import draw_statistics
+
+        draw_statistics(document, output)
+
+    def table() -> None:
+        from tokenlearner.data.statistics import table_rows
+
+        for columns, rows in table_rows(document):
+            print_table(columns, rows)
+        warn_damaged(document["damaged"])
+        warn_missing(document["missing"])
+        if output is not None:
+            print(f"drawn in {output}")
+
+    show(document, json, table)
+
+
 def open_model(
     name: str, tokens: int | None, at: int | float, kind: Kind, fuser: Fuser | None, extra_layers: int
 ) -> Any:
@@ -417,6 +461,18 @@ def warn_damaged(damaged: dict[str, Any] | None, most: int = 10) -> None:
         print(f"  {entry['file']}: {entry['reason']}", file=sys.stderr)
     if damaged["count"] > most:
         print(f"  … and {damaged['count'] - most} more", file=sys.stderr)
+
+
+def warn_missing(missing: dict[str, Any], most: int = 10) -> None:
+    if not missing["count"]:
+        return
+    print(
+        f"{missing['count']} listed {'file is' if missing['count'] == 1 else 'files are'} not there:", file=sys.stderr
+    )
+    for file in missing["files"][:most]:
+        print(f"  {file}".encode(errors="backslashreplace").decode(), file=sys.stderr)
+    if missing["count"] > most:
+        print(f"  … and {missing['count'] - most} more", file=sys.stderr)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
