@@ -32,11 +32,12 @@ SIGNATURES = {
     "insert": (
         "(model: 'ModelT', num_tokens: 'int' = 8, at: 'int | float' = 0.5, kind: 'Kind' = 'mlp', "
         "fuser: 'FuserKind | None' = None, extra_layers: 'int' = 0, *, pool: 'Pool | None' = None, "
-        "hidden_dim: 'int' = 64, dropout: 'float' = 0.0) -> 'ModelT'"
+        "hidden_dim: 'int' = 64, dropout: 'float' = 0.0, mix: 'Mix' = 'slice') -> 'ModelT'"
     ),
     "remove": "(model: 'ModelT') -> 'ModelT'",
     "attention_maps": (
-        "(model: 'nn.Module', images: \"Float[Tensor, 'b c height width']\") -> \"dict[int, Float[Tensor, 'b s h w']]\""
+        "(model: 'nn.Module', images: \"Float[Tensor, 'b c *frames height width']\") "
+        "-> \"dict[int, Float[Tensor, 'b *slices s h w']]\""
     ),
     "insertion_of": "(model: 'nn.Module') -> 'Insertion | None'",
     "learners": "(model: 'nn.Module') -> 'dict[int, TokenLearner]'",

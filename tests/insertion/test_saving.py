@@ -301,6 +301,7 @@ def test_the_config_is_readable_and_complete(tmp_path):
         "pool": None,
         "hidden_dim": 64,
         "dropout": 0.0,
+        "mix": "slice",
     }
     assert config["preprocessing"] == {
         "input_size": [3, 32, 32],

@@ -11,6 +11,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from insertion.clips import WAYS, tiny_vivit
 from insertion.hosts import FUSERS, images, inserted, tiny
 from tokenlearner import TokenLearner, cost, insert, load, save
 from tokenlearner.inspection.cost import describe_tokens
@@ -272,6 +273,26 @@ def test_the_model_is_left_as_it_was(fused, size):
 
 def learners_train(model):
     return all(p.grad is not None for name, p in model.named_parameters() if "alpha" in name)
+
+
+@pytest.mark.parametrize("kind", ["mlp", "conv"])
+@pytest.mark.parametrize(("fused", "mix"), WAYS)
+def test_clips(fused, mix, kind):
+    """3 slices of 2×4 tubelets of 2×8×8, 5 tokens in each from layer 1 of 4 on, and a class token."""
+    d, n, t, s = 32, 8, 3, 5
+    model = insert(tiny_vivit(class_token=True), s, 1, kind, fused, mix=mix)
+    counted = cost(model, (3, 6, 16, 32))
+    late = t * learner(kind, n, s, d) + 3 * layer(1 + t * s, d, 4 * d)
+    if fused:
+        late += 2 * t * learner(kind, n, s, d) + 3 * t * fuser(fused, n, s, d)
+    if mix == "clip":  # M is S·T × S·T
+        late += 3 * ((t * s) ** 2 - t * s**2) * d
+    assert counted.macs == t * n * d * 3 * 2 * 8 * 8 + layer(1 + t * n, d, 4 * d) + late + 5 * d
+    assert counted.tokens == (1 + t * n,) + (1 + t * s,) * 3
+    assert counted.input_size == (3, 6, 16, 32)
+    assert_parts_add_up(counted)
+    with pytest.raises(ValueError, match=r"ViViT can't take an input of \(3, 16, 32\): the model takes clips as"):
+        cost(model, (3, 16, 32))
 
 
 @pytest.mark.parametrize("size", [(), (3, 0, 32), (3, -32, 32)])

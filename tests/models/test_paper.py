@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 
-from tokenlearner.models import PRESETS, paper_rows
+from tokenlearner.models import PRESETS, VIDEO_PRESETS, paper_rows
 
 TABLES = Path(__file__).parents[3] / "shared/paper_tables.json"
 
@@ -21,6 +21,7 @@ OFF = {
     ("figure_fewshot_JFT_224", "TL-S/32"),
     ("figure_fewshot_JFT_224", "TL-S/32 (22)"),
     ("figure_fewshot_JFT_224", "TL-B/16"),
+    ("table6_kinetics400_vivit", "ViViT-H/16"),
 }
 
 
@@ -33,6 +34,7 @@ def test_rows_fit_or_say_why_not(rows):
     assert {(row["table"], row["name"]) for row in rows if not row["fits"]} == OFF
     for row in rows:
         limit = 0.02 if (row["table"], row["name"]) == ("table1_imagenet_384", "TokenLearner B/16") else 0.01
+        limit = 0.031 if row["model"] in VIDEO_PRESETS else limit
         assert row["ratio"] == pytest.approx(row["counted"] / row["printed"], abs=1e-4)
         assert row["fits"] == (abs(row["counted"] / row["printed"] - 1) <= limit)
         assert row["fits"] or row["note"]
@@ -40,17 +42,20 @@ def test_rows_fit_or_say_why_not(rows):
     assert json.loads(json.dumps(rows)) == rows
 
 
-def test_every_image_row_of_the_paper_is_there_as_printed(rows):
+def test_every_row_of_the_paper_is_there_as_printed(rows):
     if not TABLES.is_file():
         pytest.skip("the paper's tables are not beside this checkout")
     tables = json.loads(TABLES.read_text())
     printed, fits = {}, {}
     for table in tables:
-        if not re.match("table[1-5]_", table):
+        if not re.match("table[1-8]_", table):
             continue
         for row in tables[table]:
-            printed[table, row["name"]] = row.get("gmacs", row.get("params_m"))
-            fits[table, row["name"]] = row["fits"]
+            views = f", {row['views']} views" if table == "table7_kinetics400_total" else ""
+            name = row["name"] + views
+            printed[table, name] = row.get("gmacs", row.get("gmacs_per_view", row.get("params_m")))
+            if "fits" in row:
+                fits[table, name] = row["fits"]
     table = "figure_unpool_reproject_B16_384"
     for way, values in tables[table].items():
         printed.update({(table, f"{tokens} {way}"): value for tokens, (value, _) in zip((8, 16), values)})
@@ -68,7 +73,7 @@ def test_every_image_row_of_the_paper_is_there_as_printed(rows):
 
 def test_counts_are_those_of_the_formulas(rows):
     for row in rows:
-        preset = PRESETS[row["model"]]
+        preset = {**PRESETS, **VIDEO_PRESETS}[row["model"]]
         if row["unit"] == "GMACs":
             assert row["counted"] == pytest.approx(macs(preset) / 1e9, abs=1e-4), row["model"]
         else:
@@ -79,8 +84,9 @@ def macs(preset):
     """Multiply-adds written out: a layer on n tokens costs 12·n·d² + 2·n²·d, a convolution 9·n·in·out."""
     d, depth = {"s": (384, 12), "b": (768, 12), "l": (1024, 24), "h": (1280, 32)}[preset.size]
     depth = (preset.layers or depth) + preset.extra_layers
-    n = (preset.resolution // preset.patch) ** 2
-    total = n * 3 * preset.patch**2 * d + 1000 * d
+    video = preset.name in VIDEO_PRESETS  # 16 slices of tubelets of 2 frames; 400 classes
+    n = (preset.resolution // preset.patch) ** 2 * (16 if video else 1)
+    total = n * 3 * preset.patch**2 * d * (2 if video else 1) + (400 if video else 1000) * d
 
     def layer(m):
         return 12 * m * d * d + 2 * m * m * d
@@ -93,15 +99,21 @@ def macs(preset):
         return total
     if preset.tokens is None:
         return total + depth * layer(n)
-    s, late = preset.tokens, depth - preset.at
+    s, late = preset.tokens, depth - preset.at  # per slice
     learner = 9 * n * (d * s + 3 * s * s) + n * s * d
     back = {
         None: 0,
-        "fuser": s * s * d + n * (64 * d + 64 * s) + n * s * d,
+        "fuser": (16 if video else 1) * s * s * d + n * (64 * d + 64 * s) + n * s * d,
         "unpool": n * s * d,
         "reproject": 2 * n * d * d + 2 * s * d * d + 2 * n * s * d,
     }[preset.fuser]
-    return total + preset.at * layer(n) + late * layer(s) + (late if preset.fuser else 1) * learner + late * back
+    return (
+        total
+        + preset.at * layer(n)
+        + late * layer(16 * s if video else s)
+        + (late if preset.fuser else 1) * learner
+        + late * back
+    )
 
 
 def parameters(preset, classes):
@@ -112,6 +124,14 @@ def parameters(preset, classes):
     if preset.tokens:
         total += 2 * d + 9 * (d * preset.tokens + 3 * preset.tokens**2)
     return total
+
+
+def test_a_third_of_vivit_h_fits(rows):
+    """What the note of that row claims."""
+    (row,) = [row for row in rows if row["name"] == "ViViT-H/16"]
+    assert "2772" in row["note"]
+    assert row["printed"] / 3 == pytest.approx(2772)
+    assert row["counted"] == pytest.approx(2772, rel=0.01)
 
 
 def test_the_few_shot_charts_plain_vits_fit_with_a_class_token(rows):

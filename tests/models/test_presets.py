@@ -11,7 +11,7 @@ from timm.models import save_for_hf
 from timm.models.vision_transformer import VisionTransformer
 
 import tokenlearner
-from tokenlearner.models import PRESETS, Preset, presets, vit
+from tokenlearner.models import PRESETS, VIDEO_PRESETS, Preset, presets, vit
 
 NAME = re.compile(
     r"tokenlearner_(?P<size>[sblh]|micro)(?P<patch>\d+)_(?P<resolution>\d+)"
@@ -62,7 +62,7 @@ def meta(name, **options):
 
 
 def test_the_names_are_registered_and_nothing_else():
-    assert set(timm.list_models("tokenlearner_*")) == {*PRESETS, "tokenlearner_vit"}
+    assert set(timm.list_models("tokenlearner_*")) == {*PRESETS, *VIDEO_PRESETS, "tokenlearner_vit"}
     assert set(timm.list_pretrained("tokenlearner_*")) == set(presets.WEIGHTS)
     assert all(name == preset.name for name, preset in PRESETS.items())
 

@@ -213,7 +213,7 @@ ERRORS = [
     ("conv", lambda p: p, {"at": 1}, "of 4 layers the last 2 have a TokenFuser: at is 2"),
     ("mlp", lambda p: without(p, LEARNER), {"at": 2}, "at=2 places a TokenLearner, and these parameters have none"),
     # Other models.
-    ("mlp", lambda p: {**p, "embedding/kernel": p["embedding/kernel"][None]}, {"at": 2}, "a time axis: .* video"),
+    ("mlp", lambda p: {**p, "embedding/kernel": p["embedding/kernel"][None]}, {"at": 2}, "16 entries over time and"),
     ("mlp", lambda p: {**p, "cls": np.zeros((1, 1, 32))}, {"at": 2}, "class token"),
     ("mlp", lambda p: {**p, "pre_logits/kernel": np.zeros((32, 32))}, {"at": 2}, "pre_logits/kernel is not expected"),
     ("mlp", twice, {"at": 2}, "4 layers, 2 TokenLearners and 0 TokenFusers"),
@@ -279,11 +279,67 @@ def test_files_that_are_none(content, message, tmp_path):
         load_scenic(path)
 
 
-def test_the_official_video_model_is_refused():
-    from pathlib import Path
+# --- video
 
-    path = Path(__file__).parents[3] / "shared/reference/vivit_tl_mlp.npz"
-    if not path.is_file():
-        pytest.skip("the reference outputs are not beside this checkout")
-    with pytest.raises(tokenlearner.InputError, match="video"):
-        load_scenic(path, at=2)
+
+@pytest.fixture
+def video(reference_dir):
+    """Flat parameters of v1.1 per slice before layer 2 of 3; tubelets of 2 frames, 2 slices of 4×4."""
+    return parameters(reference_dir / "vivit_tl_mlp.npz")
+
+
+def test_the_official_video_model_gives_the_official_outputs(reference_dir, tmp_path):
+    path = reference_dir / "vivit_tl_mlp.npz"
+    arrays = np.load(path)
+    clips, expected = torch.from_numpy(arrays["in/x"]).permute(0, 4, 1, 2, 3), torch.from_numpy(arrays["out"])
+    meta = json.loads(arrays["meta"].item())
+
+    model = load_scenic(path, at=2, grid=(4, 4))
+
+    with torch.no_grad():
+        assert relative_error(model(clips), expected) < 1e-4
+        assert relative_error(model(clips.flip(2)), expected) > 1e-3  # or the order of frames would not be seen
+        assert relative_error(model(clips.transpose(3, 4)), expected) > 1e-3
+    spec = tokenlearner.insertion_of(model)
+    assert (spec.num_tokens, spec.at, spec.host_depth) == (meta["tokens"], meta["at"], meta["layers"])
+    assert (spec.kind, spec.fuser, spec.mix) == ("mlp", None, "slice")
+    assert (model.num_frames, model.tubelet_size, model.img_size) == (4, 2, (16, 16))
+    loaded = tokenlearner.load(tokenlearner.save(model, tmp_path / "model"))
+    assert torch.equal(loaded(clips), model(clips))
+
+
+def test_sizes_of_a_video_model_are_read_off_the_arrays(video):
+    """Tubelets of 3 frames, 3×2 pixels and one channel; 4 slices of 2×4."""
+    rng = np.random.default_rng(0)
+    changed = {**video, "embedding/kernel": rng.normal(size=(3, 3, 2, 1, 32)).astype(np.float32)}
+    model = load_scenic(changed, at=1, grid=(2, 4))
+    assert model.patch_embed.grid_size == (4, 2, 4)
+    assert (model.num_frames, model.img_size, model.in_chans) == (12, (6, 8), 1)
+    kernel = torch.from_numpy(changed["embedding/kernel"])
+    assert torch.equal(model.patch_embed.proj.weight[5, 0, 2, 1, 0], kernel[2, 1, 0, 0, 5])
+    x = torch.randn(2, 1, 12, 6, 8)
+    maps = tokenlearner.attention_maps(model, x)
+    assert maps[1].shape == (2, 4, 4, 2, 4)
+    torch.testing.assert_close(maps[1].sum(dim=(3, 4)), torch.ones(2, 4, 4))
+
+
+def test_a_plain_vivit_loads_too(video):
+    model = load_scenic({name: value for name, value in video.items() if not name.startswith(LEARNER)}, grid=(4, 4))
+    clips = torch.randn(2, 3, 4, 16, 16)
+    assert tokenlearner.insertion_of(model) is None
+    assert torch.equal(model(clips), tokenlearner.remove(load_scenic(video, at=2, grid=(4, 4)))(clips))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"at": 2}, r"32 entries over time and space: give grid=\(h, w\) of one slice"),
+        ({"at": 2, "grid": (3, 4)}, r"32 entries, and grid=\(3, 4\) is not their \(h, w\) in one slice"),
+        ({"at": 2, "grid": (8, 8)}, r"32 entries, and grid=\(8, 8\) is not"),
+        ({"at": 2, "grid": (2, 4, 4)}, r"32 entries, and grid=\(2, 4, 4\) is not"),
+        ({"grid": (4, 4)}, "give at=, from 0 to 2"),
+    ],
+)
+def test_what_a_video_model_does_not_tell(options, message, video):
+    with pytest.raises(tokenlearner.InputError, match=message):
+        load_scenic(video, **options)

@@ -24,8 +24,9 @@ from tokenlearner.errors import InputError
 from tokenlearner.insertion.insert import insertion_of, remove
 
 _CLASSES = {"VisionTransformer": VisionTransformer, "VisionTransformerDistilled": VisionTransformerDistilled}
-_OURS = {"PooledViT": "tokenlearner.models.pooling"}  # imported when one is named: the models import this package
-_ARGUMENTS = frozenset(inspect.signature(VisionTransformer).parameters) | {"pooling"}
+# Imported when one is named: the models import this package.
+_OURS = {"PooledViT": "tokenlearner.models.pooling", "ViViT": "tokenlearner.models.vivit"}
+_ARGUMENTS = frozenset(inspect.signature(VisionTransformer).parameters) | {"pooling", "num_frames", "tubelet_size"}
 _TYPE_ROOTS = ("timm.", "torch.nn.")  # a config.json can name a module class of these packages, and no other code
 _STATE_OF_A_RUN = {"training", "grad_checkpointing", "distilled_training", "fused_attn", "token_learner_insertion"}
 
@@ -198,8 +199,10 @@ def _read_off(model: VisionTransformer) -> dict[str, Any] | None:
     }
     if norms:
         arguments["norm_layer"] = _described(norms[0])
-    if name in _OURS:
+    if name == "PooledViT":
         arguments["pooling"] = [list(pair) for pair in cast(Any, model).pooling]
+    if name == "ViViT":
+        arguments.update(num_frames=embed.num_frames, tubelet_size=embed.tubelet_size)
     return {"library": "timm", "architecture": None, "class": name, "arguments": arguments}
 
 

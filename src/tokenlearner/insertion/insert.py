@@ -10,13 +10,22 @@ from functools import partial
 from typing import Any, TypeVar, cast
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
 from tokenlearner.core.fuser import Reproject, TokenFuser, Unpool
 from tokenlearner.core.learner import Kind, Pool, TokenLearner
-from tokenlearner.insertion.layers import FusedLayer, GridRecord, LearnTokens, drop_hooks, evaluating, split_prefix
-from tokenlearner.insertion.spec import FUSERS, FuserKind, Insertion, resolve_at
+from tokenlearner.insertion.layers import (
+    FusedLayer,
+    GridRecord,
+    LearnTokens,
+    drop_hooks,
+    evaluating,
+    slices_of,
+    split_prefix,
+)
+from tokenlearner.insertion.spec import FUSERS, FuserKind, Insertion, Mix, resolve_at
 from tokenlearner.insertion.timm import TimmViT, is_compiled
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
@@ -35,6 +44,7 @@ def insert(
     pool: Pool | None = None,
     hidden_dim: int = 64,
     dropout: float = 0.0,
+    mix: Mix = "slice",
 ) -> ModelT:
     """Inserts a TokenLearner into ``model``, in place, and returns the model (paper, section 3.1).
 
@@ -42,11 +52,14 @@ def insert(
     (and the prefix tokens: cls, registers, distillation, which pass around). With one, every layer from ``at`` on
     becomes TokenLearner → Transformer → fuser with residual, so the model keeps all its tokens.
 
+    In a video host (``ViViT``) the same learner makes ``num_tokens`` tokens of every slice of the clip, so the layers
+    run on ``num_tokens`` × slices.
+
     The host's own state-dict keys do not change, and :func:`remove` restores it. The grid comes from the host's patch
     embedding at run time, so non-square and dynamic image sizes work.
 
     Args:
-        model: A timm ``VisionTransformer``.
+        model: A timm ``VisionTransformer``, or :class:`tokenlearner.models.ViViT`.
         num_tokens: Tokens S.
         at: An int is a layer index: ``at=6`` runs six layers on the full grid. A float in [0, 1] is a share of the
             host's own depth, rounded down: on 12 layers 0.5 is 6, 0.3 is 3. So ``at=1`` (after the first layer) and
@@ -57,6 +70,8 @@ def insert(
             output does not change until they are trained (with ``"unpool"`` it does: its maps start random and have
             no factor that could be zero).
         pool, hidden_dim, dropout: Passed to the TokenLearner (and hidden_dim, dropout to the fuser).
+        mix: What a TokenFuser of a video host mixes: ``"slice"`` the tokens of one slice (official code), ``"clip"``
+            all tokens of the clip (the paper's equation); then clips must keep the number of slices the host has now.
 
     Raises:
         TypeError: The model is no host we know.
@@ -70,6 +85,11 @@ def insert(
         raise ValueError(f"fuser is None or one of {', '.join(FUSERS)}, not {fuser!r}")
     if fuser == "unpool" and kind == "average":
         raise ValueError("fuser 'unpool' spreads tokens by the learner's maps, and kind 'average' has none")
+    if mix not in ("slice", "clip"):
+        raise ValueError(f"mix is 'slice' or 'clip', not {mix!r}")
+    if mix == "clip" and (fuser != "fuser" or host.slices() is None):
+        needed = "a host that takes clips" if fuser == "fuser" else "fuser='fuser'"
+        raise ValueError(f"mix='clip' mixes the tokens of all slices in a TokenFuser, so it needs {needed}")
     if isinstance(extra_layers, bool) or not isinstance(extra_layers, int) or extra_layers < 0:
         raise ValueError(f"extra_layers must be a whole number from 0 on, not {extra_layers!r}")
     depth = len(host.layers())
@@ -79,7 +99,7 @@ def insert(
         raise ValueError(
             f"at={at} is after the last of {layers} layers, so there is no layer to fuse; give a smaller at"
         )
-    spec = Insertion(num_tokens, index, depth, kind, fuser, extra_layers, pool, hidden_dim, dropout)
+    spec = Insertion(num_tokens, index, depth, kind, fuser, extra_layers, pool, hidden_dim, dropout, mix)
 
     # Everything that can fail is built before the host is touched.
     fused = range(index, layers) if fuser else range(index, index + 1)
@@ -155,11 +175,14 @@ def inserted_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
 
 
 @torch.no_grad()
-def attention_maps(model: nn.Module, images: Float[Tensor, "b c height width"]) -> dict[int, Float[Tensor, "b s h w"]]:
-    """The maps of every TokenLearner in ``model`` for a batch of preprocessed images.
+def attention_maps(
+    model: nn.Module, images: Float[Tensor, "b c *frames height width"]
+) -> dict[int, Float[Tensor, "b *slices s h w"]]:
+    """The maps of every TokenLearner in ``model`` for a batch of preprocessed images or clips.
 
-    Returns a dictionary from layer index to maps (b, s, h, w) over the patch grid, in float32; see
-    :meth:`TokenLearner.maps` for their scale. The model runs in eval mode and is left as it was.
+    Returns a dictionary from layer index to maps over the patch grid, (b, s, h, w) for images and (b, t, s, h, w) for
+    clips of t slices, in float32; see :meth:`TokenLearner.maps` for their scale. The model runs in eval mode and is
+    left as it was.
 
     Raises:
         ValueError: The model has no TokenLearner, or its kind has no maps.
@@ -173,7 +196,9 @@ def attention_maps(model: nn.Module, images: Float[Tensor, "b c height width"]) 
     def keep(index: int, module: nn.Module, args: tuple[Any, ...]) -> None:
         count, record = _context(module)
         _, X = split_prefix(args[0], count)
-        found[index] = module.token_learner.maps(X, record.read(args[0], X.shape[1]))  # type: ignore[union-attr, operator]
+        grid = record.read(args[0], X.shape[1])
+        A = cast(TokenLearner, module.token_learner).maps(*slices_of(X, grid))
+        found[index] = A if len(grid) == 2 else rearrange(A, "(b t) s h w -> b t s h w", t=grid[0])
 
     handles = [
         carrier.register_forward_pre_hook(lambda m, a, i=index: keep(i, m, a), prepend=True)
@@ -236,7 +261,10 @@ def _new_learner(spec: Insertion, host: TimmViT) -> TokenLearner:
 
 def _new_fuser(spec: Insertion, host: TimmViT, learner: TokenLearner) -> nn.Module:
     if spec.fuser == "fuser":
-        return TokenFuser(host.dim, spec.num_tokens, hidden_dim=spec.hidden_dim, dropout=spec.dropout)
+        frames = host.slices() if spec.mix == "clip" else None
+        return TokenFuser(
+            host.dim, spec.num_tokens, num_frames=frames, hidden_dim=spec.hidden_dim, dropout=spec.dropout
+        )
     if spec.fuser == "unpool":
         return Unpool(normalize=learner.pool == "softmax" or spec.kind == "grid")
     return Reproject(host.dim, host.num_heads)

@@ -10,12 +10,14 @@ either side (``load_state_dict(assign=True)``, ``to_empty``, sharding) is replac
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, cast
 
 import torch
+from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -24,11 +26,13 @@ from tokenlearner.core.alpha import Grid
 from tokenlearner.core.fuser import Unpool
 from tokenlearner.core.learner import TokenLearner
 
+HostGrid = Grid | tuple[int, int, int]  # (h, w) of an image's tokens, (slices, h, w) of a clip's
+
 MOST_PENDING_INPUTS = 4096  # inputs of checkpointed layers that can wait for their backward at once
 
 
 class GridRecord:
-    """The (h, w) of the images now passing through a host, as its patch embedding saw them.
+    """The grid of the images or clips now passing through a host, as its patch embedding saw them.
 
     Gradient checkpointing runs a layer again during backward, when images of another size may have passed since. What
     it hands the layer then is the input it kept, so grids are also remembered by the address of that input: as long as
@@ -36,26 +40,27 @@ class GridRecord:
     """
 
     def __init__(self) -> None:
-        self.current: Grid | None = None
+        self.current: HostGrid | None = None
         self._in_recomputation = False  # whether current was noted in one, because all of the host is checkpointed
-        self._by_input: OrderedDict[int, Grid] = OrderedDict()
+        self._by_input: OrderedDict[int, HostGrid] = OrderedDict()
 
-    def note(self, grid: Grid) -> None:
+    def note(self, grid: HostGrid) -> None:
         self.current, self._in_recomputation = grid, in_recomputation()
 
-    def read(self, x: Float[Tensor, "b m d"], positions: int) -> Grid:
+    def read(self, x: Float[Tensor, "b m d"], positions: int) -> HostGrid:
         """The grid of ``x``, a layer's input with ``positions`` tokens on the grid."""
         grid = self._remembered(x) if torch.is_grad_enabled() and not torch.compiler.is_compiling() else self.current
         if grid is None:
             raise RuntimeError("the host's patch embedding has not run, so the grid of its tokens is not known")
-        if grid[0] * grid[1] != positions:
+        if math.prod(grid) != positions:
             raise ValueError(
-                f"the images make a grid of {grid[0]}×{grid[1]} = {grid[0] * grid[1]} patches, but {positions} tokens "
-                "reached the TokenLearner; something in between (patch dropout, say) took or added some"
+                f"the {'images' if len(grid) == 2 else 'clips'} make a grid of {'×'.join(map(str, grid))} = "
+                f"{math.prod(grid)} patches, but {positions} tokens reached the TokenLearner; "
+                "something in between (patch dropout, say) took or added some"
             )
         return grid
 
-    def _remembered(self, x: Tensor) -> Grid | None:
+    def _remembered(self, x: Tensor) -> HostGrid | None:
         try:
             address = x.data_ptr()
         except RuntimeError:  # a tensor without storage, of torch.func or of a tracer
@@ -75,7 +80,8 @@ class GridRecord:
 class LearnTokens:
     """Forward pre-hook: replaces the grid tokens entering ``module`` by those its ``token_learner`` makes of them.
 
-    Prefix tokens (cls, registers, distillation) are not on the grid and pass around.
+    Prefix tokens (cls, registers, distillation) are not on the grid and pass around. Of a clip, every slice is learned
+    from by itself, by the same learner.
     """
 
     def __init__(self, num_prefix_tokens: int, record: GridRecord) -> None:
@@ -89,8 +95,9 @@ class LearnTokens:
         learner = module.token_learner
         assert isinstance(learner, TokenLearner)
         prefix, X = split_prefix(args[0], self.num_prefix_tokens)
-        Z = learner(X, self.record.read(args[0], X.shape[1]))
-        return (join_prefix(prefix, Z), *args[1:]), kwargs
+        grid = self.record.read(args[0], X.shape[1])
+        Z = learner(*slices_of(X, grid))
+        return (join_prefix(prefix, from_slices(Z, grid)), *args[1:]), kwargs
 
 
 class FusedLayer(nn.Module):
@@ -119,11 +126,19 @@ class FusedLayer(nn.Module):
         prefix, X = split_prefix(x, self.num_prefix_tokens)
         grid = self.record.read(x, X.shape[1])
         unpool = isinstance(self.token_fuser, Unpool)
-        Z, A = self.token_learner.tokens_and_maps(X, grid) if unpool else (self.token_learner(X, grid), None)
-        out = self.block(join_prefix(prefix, Z), *args, **kwargs)
+        frames = getattr(self.token_fuser, "num_frames", None)
+        if frames not in (None, grid[0]):
+            raise ValueError(f"mix='clip' was inserted for clips of {frames} slices, and these have {grid[0]}")
+        slices, frame = slices_of(X, grid)
+        learner = self.token_learner
+        Z, A = learner.tokens_and_maps(slices, frame) if unpool else (learner(slices, frame), None)
+        out = self.block(join_prefix(prefix, from_slices(Z, grid)), *args, **kwargs)
         prefix, Y = split_prefix(out, self.num_prefix_tokens)
-        X = self.token_fuser(Y, X, A) if unpool else self.token_fuser(Y, X)
-        return join_prefix(prefix, X)
+        if frames is not None:
+            fused = self.token_fuser(Y, rearrange(X, "b (t n) d -> b t n d", t=grid[0]))
+            return join_prefix(prefix, rearrange(fused, "b t n d -> b (t n) d"))
+        maps = () if A is None else (A,)
+        return join_prefix(prefix, from_slices(self.token_fuser(slices_of(Y, grid)[0], slices, *maps), grid))
 
     def train(self, mode: bool = True) -> FusedLayer:
         self.block.training = mode
@@ -140,18 +155,31 @@ class FusedLayer(nn.Module):
 
 
 class NoteGrid:
-    """Forward hook of a patch embedding: notes the grid of the images that passed."""
+    """Forward hook of a patch embedding: notes the grid of the images or clips that passed."""
 
     def __init__(self, record: GridRecord) -> None:
         self.record = record
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        if output.ndim == 4:  # (b, h, w, d): flattened later, after the position embedding
-            self.record.note((output.shape[1], output.shape[2]))
+        # Types as strings: torch.compile can't trace Callable[...].
+        if output.ndim > 3:  # (b, h, w, d) or (b, t, h, w, d): flattened later, after the position embedding
+            self.record.note(cast("HostGrid", tuple(output.shape[1:-1])))
         else:
-            # As a string: torch.compile can't trace Callable[...].
-            dynamic_feat_size = cast("Callable[..., Grid]", module.dynamic_feat_size)
-            self.record.note(dynamic_feat_size(args[0].shape[-2:]))
+            dynamic_feat_size = cast("Callable[..., HostGrid]", module.dynamic_feat_size)
+            self.record.note(dynamic_feat_size(args[0].shape[2:]))
+
+
+def slices_of(X: Float[Tensor, "b m d"], grid: HostGrid) -> tuple[Float[Tensor, "bt n d"], Grid]:
+    """Feature maps to learn from, with their (h, w): images as they are, each slice of a clip as one of its own."""
+    if len(grid) == 2:
+        return X, grid
+    t, h, w = grid
+    return rearrange(X, "b (t n) d -> (b t) n d", t=t), (h, w)
+
+
+def from_slices(X: Float[Tensor, "bt n d"], grid: HostGrid) -> Float[Tensor, "b m d"]:
+    """Undoes :func:`slices_of`: the slices of a clip one after the other."""
+    return X if len(grid) == 2 else rearrange(X, "(b t) n d -> b (t n) d", t=grid[0])
 
 
 def split_prefix(x: Float[Tensor, "b n d"], count: int) -> tuple[Tensor | None, Tensor]:

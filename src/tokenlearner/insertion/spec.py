@@ -9,6 +9,7 @@ from typing import Any, Literal
 from tokenlearner.core.learner import Kind, Pool
 
 FuserKind = Literal["fuser", "unpool", "reproject"]
+Mix = Literal["slice", "clip"]
 FUSERS: tuple[str, ...] = ("fuser", "unpool", "reproject")
 
 
@@ -25,6 +26,7 @@ class Insertion:
     pool: Pool | None = None
     hidden_dim: int = 64
     dropout: float = 0.0
+    mix: Mix = "slice"
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -37,6 +39,7 @@ class Insertion:
 
     def describe(self) -> str:
         fused = f" with {self.fuser} in every layer" if self.fuser else ""
+        fused += ", mixed over the clip" if self.mix == "clip" else ""
         extra = f" and {self.extra_layers} extra layers" if self.extra_layers else ""
         return f"{self.num_tokens} tokens ({self.kind}) before layer {self.at} of {self.host_depth}{fused}{extra}"
 

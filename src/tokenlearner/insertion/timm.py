@@ -17,7 +17,7 @@ from tokenlearner.insertion.spec import Insertion
 
 
 class TimmViT:
-    """Adapter for timm's ``VisionTransformer`` and the classes derived from it (distilled DeiT)."""
+    """Adapter for timm's ``VisionTransformer`` and the classes derived from it (distilled DeiT, our ViViT)."""
 
     def __init__(self, model: nn.Module) -> None:
         assert isinstance(model, VisionTransformer)
@@ -73,9 +73,14 @@ class TimmViT:
         return self.model.norm
 
     def grid(self) -> Grid:
-        """The grid of the image size the host was built for."""
-        h, w = self.model.patch_embed.grid_size
+        """The (h, w) of the image size the host was built for."""
+        *_, h, w = self.model.patch_embed.grid_size
         return h, w
+
+    def slices(self) -> int | None:
+        """Slices of the clips the host was built for; None where it takes images."""
+        grid = self.model.patch_embed.grid_size
+        return grid[0] if grid is not None and len(grid) == 3 else None
 
     def watch_grid(self, record: GridRecord) -> None:
         self.model.patch_embed.register_forward_hook(NoteGrid(record))
@@ -135,7 +140,7 @@ def _forward_intermediates(model: VisionTransformer, spec: Insertion, x: Any, *a
     late = sorted({i % depth for i in taken if i % depth >= spec.at})
     if norm and spec.at == depth:
         raise ValueError("forward_intermediates: norm=True would learn tokens from every intermediate; use norm=False")
-    if late and output_fmt == "NCHW":
+    if late and output_fmt != "NLC":
         raise ValueError(
             f"forward_intermediates: layers {', '.join(map(str, late))} run on {spec.num_tokens} learned tokens, which "
             f"have no height and width; take layers before {spec.at}, use output_fmt='NLC', or insert with a fuser"

@@ -55,6 +55,7 @@ class Preset:
     pooling: tuple[tuple[int, int], ...] = ()
     kind: Kind = "conv"
     """v1.0, as in all the paper's experiments on images."""
+    num_classes: int = 1000
 
     @property
     def name(self) -> str:

@@ -1,16 +1,17 @@
 """Official parameters: what Scenic's TokenLearner ViT was trained to, as a model of this package.
 
 Every size is read off the arrays. Scenic's ViT is timm's ``VisionTransformer`` under other names, with LayerNorm's
-ε = 1e-6 and the tanh form of GELU (Flax's defaults), no class token, and the mean over tokens after the last norm.
+ε = 1e-6 and the tanh form of GELU (Flax's defaults), no class token, and the mean over tokens after the last norm. Its
+video model is our ``ViViT`` in the same way.
 """
 
 from __future__ import annotations
 
-import functools
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from tokenlearner.errors import InputError
 from tokenlearner.insertion.insert import insert
 from tokenlearner.insertion.spec import resolve_at
 from tokenlearner.models.flax_files import read_parameters
+from tokenlearner.models.vivit import ViViT
 from tokenlearner.models.weights import some
 
 Arrays = Mapping[str, Tensor]
@@ -36,10 +38,11 @@ _ATTENTION = "MultiHeadDotProductAttention_0"
 def load_scenic(
     source: Mapping[str, Any] | str | Path, *, at: int | float | None = None, grid: Grid | None = None
 ) -> nn.Module:
-    """Builds the image model whose Flax parameters ``source`` holds; in eval mode, on the CPU, in float32.
+    """Builds the model whose Flax parameters ``source`` holds; in eval mode, on the CPU, in float32.
 
-    It takes images as (b, c, h, w) and can be saved, loaded and trained like any other. Parameters don't say how
-    pixels were scaled: give :func:`tokenlearner.save` a ``preprocessing``. A ViT without TokenLearner loads as well.
+    It takes images as (b, c, h, w), a video model clips as (b, c, t, h, w), and can be saved, loaded and trained like
+    any other. Parameters don't say how pixels were scaled: give :func:`tokenlearner.save` a ``preprocessing``. A ViT
+    without TokenLearner loads as well.
 
     Args:
         source: A flat mapping from names such as ``Transformer/encoderblock_0/LayerNorm_0/scale`` to arrays, nested
@@ -47,11 +50,12 @@ def load_scenic(
         at: Where the TokenLearner is, as in :func:`tokenlearner.insert`. Needed without a TokenFuser; with one, the
             number of modules tells.
         grid: (h, w) of the position embedding where it is not square. The official v1.0 takes every input for a
-            square; here it sees the grid as it is.
+            square; here it sees the grid as it is. Needed for a video model: (h, w) of one slice, since the number of
+            positions does not tell time from space.
 
     Raises:
-        InputError: A parameter is missing, unexpected or of a shape that does not fit, or belongs to a video model or
-            one with a class token; or ``at`` or ``grid`` is needed, or contradicts the parameters.
+        InputError: A parameter is missing, unexpected or of a shape that does not fit, or belongs to a model with a
+            class token; or ``at`` or ``grid`` is needed, or contradicts the parameters.
     """
     arrays = read_parameters(source)
     names = _Names.of(arrays)
@@ -75,19 +79,18 @@ def load_scenic(
 
 @dataclass(frozen=True)
 class _Names:
-    """What the names of the parameters alone tell."""
+    """What the names of the parameters alone tell, and whether there is time in them."""
 
     layers: int
     learners: int
     fusers: int
     learner: str = ""
     """Name of the TokenLearner's class."""
+    video: bool = False
+    """Whether the patches are tubelets. Told by a shape, but as decisive as a name."""
 
     @classmethod
     def of(cls, arrays: Arrays) -> _Names:
-        kernel = arrays.get("embedding/kernel")
-        if kernel is not None and kernel.ndim == 5:
-            raise InputError("embedding/kernel has a time axis: these are a video model's, and this loads image models")
         if "cls" in arrays:
             raise InputError(
                 "the parameters have a class token (cls), and TokenLearner's official models end in a mean"
@@ -97,7 +100,8 @@ class _Names:
             raise InputError(f"the parameters have both {' and '.join(found)}, and a model has one of them")
         learner = found[0] if found else ""
         counts = _count(arrays, "encoderblock"), _count(arrays, learner) if learner else 0, _count(arrays, "TokenFuser")
-        return cls(*counts, learner)
+        kernel = arrays.get("embedding/kernel")
+        return cls(*counts, learner, video=kernel is not None and kernel.ndim == 5)
 
 
 @dataclass(frozen=True)
@@ -129,10 +133,10 @@ def _entries(names: _Names, at: int) -> Iterator[_Entry]:
             single(f"{ours}.bias", f"{official}/bias"),
         ]
 
-    def conv(ours: str, official: str) -> _Entry:
-        return single(f"{ours}.weight", f"{official}/kernel", lambda W: rearrange(W, "h w i o -> o i h w"))
+    def conv(ours: str, official: str, axes: str = "h w") -> _Entry:
+        return single(f"{ours}.weight", f"{official}/kernel", lambda W: rearrange(W, f"{axes} i o -> o i {axes}"))
 
-    yield conv("patch_embed.proj", "embedding")
+    yield conv("patch_embed.proj", "embedding", "t h w" if names.video else "h w")
     yield single("patch_embed.proj.bias", "embedding/bias")
     yield single("pos_embed", "Transformer/posembed_input/pos_embedding")
     for i in range(names.layers):
@@ -186,7 +190,7 @@ def _refuse_others(arrays: Arrays, expected: list[str]) -> None:
     problems = [f"{some(missing)} {'is' if len(missing) == 1 else 'are'} missing"] if missing else []
     problems += [f"{some(unexpected)} {'is' if len(unexpected) == 1 else 'are'} not expected"] if unexpected else []
     if problems:
-        raise InputError("these are not the parameters of an official image model: " + "; ".join(problems))
+        raise InputError("these are not the parameters of an official model: " + "; ".join(problems))
 
 
 def _resolve(names: _Names, at: int | float | None) -> int:
@@ -229,18 +233,20 @@ def _build(arrays: Arrays, names: _Names, at: int, grid: Grid | None) -> nn.Modu
             raise InputError(f"{name} has shape {tuple(arrays[name].shape)}, and official ones have {axes} axes")
         return arrays[name].shape[axis]
 
-    width = size("embedding/kernel", 3, 4)
-    patch = size("embedding/kernel", 0, 4), size("embedding/kernel", 1, 4)
+    axes = 5 if names.video else 4
+    *tubelet, height, width_of_patch, channels, width = (size("embedding/kernel", i, axes) for i in range(axes))
     heads = size(f"Transformer/encoderblock_0/{_ATTENTION}/query/kernel", 1, 3)
     hidden = size("Transformer/encoderblock_0/MlpBlock_0/Dense_0/kernel", 1, 2)
     if width % heads:
         raise InputError(f"{heads} heads don't divide the width {width}")
-    h, w = _grid(size("Transformer/posembed_input/pos_embedding", 1, 3), grid)
+    slices, h, w = _grid(size("Transformer/posembed_input/pos_embedding", 1, 3), grid, names.video)
+    frames = tubelet[0] if names.video else 1
+    host = partial(ViViT, num_frames=slices * frames, tubelet_size=frames) if names.video else VisionTransformer
     with torch.device("meta"):
-        model = VisionTransformer(
-            img_size=(h * patch[0], w * patch[1]),
-            patch_size=patch,
-            in_chans=size("embedding/kernel", 2, 4),
+        model = host(
+            img_size=(h * height, w * width_of_patch),
+            patch_size=(height, width_of_patch),
+            in_chans=channels,
             num_classes=size("output_projection/bias", 0, 1),
             embed_dim=width,
             depth=names.layers,
@@ -249,7 +255,7 @@ def _build(arrays: Arrays, names: _Names, at: int, grid: Grid | None) -> nn.Modu
             class_token=False,
             global_pool="avg",
             fc_norm=False,
-            norm_layer=functools.partial(nn.LayerNorm, eps=LAYER_NORM_EPS),
+            norm_layer=partial(nn.LayerNorm, eps=LAYER_NORM_EPS),
             act_layer="gelu_tanh",
         )
         if not names.learners:
@@ -271,15 +277,20 @@ def _build(arrays: Arrays, names: _Names, at: int, grid: Grid | None) -> nn.Modu
         )
 
 
-def _grid(count: int, given: Grid | None) -> Grid:
+def _grid(count: int, given: Grid | None, video: bool) -> tuple[int, int, int]:
+    """Slices, h and w of a position embedding of ``count`` entries; an image is one slice."""
+    found = f"the position embedding has {count} entries"
     if given is not None:
-        if len(given) != 2 or min(given) < 1 or math.prod(given) != count:
-            raise InputError(f"the position embedding has {count} entries, and grid={tuple(given)} is not their (h, w)")
-        return given[0], given[1]
+        slices = count // math.prod(given) if len(given) == 2 and min(given) > 0 else 0
+        if math.prod((slices, *given)) != count or slices < 1 or (slices > 1 and not video):
+            raise InputError(f"{found}, and grid={tuple(given)} is not their (h, w){' in one slice' if video else ''}")
+        return slices, given[0], given[1]
+    if video:
+        raise InputError(f"{found} over time and space: give grid=(h, w) of one slice")
     root = math.isqrt(count)
     if root * root != count:
-        raise InputError(f"the position embedding has {count} entries, which is no square: give grid=(h, w)")
-    return root, root
+        raise InputError(f"{found}, which is no square: give grid=(h, w)")
+    return 1, root, root
 
 
 def _count(arrays: Arrays, module: str) -> int:

@@ -1,7 +1,8 @@
 """The presets as models of timm: ``timm.create_model("tokenlearner_b16_384_8at6", num_classes=10)``.
 
-Whatever timm's VisionTransformer takes is passed on; ``kind``, ``pool``, ``hidden_dim`` and ``dropout`` go to the
-TokenLearner. Presets learn tokens as the paper's experiments did (``kind="conv"``, v1.0); ``kind="mlp"`` is v1.1.
+Whatever timm's VisionTransformer takes is passed on (for the video presets, what ViViT takes); ``kind``, ``pool``,
+``hidden_dim`` and ``dropout`` go to the TokenLearner, ``mix`` to its fuser. Presets learn tokens as the paper's
+experiments did (``kind="conv"``, v1.0); ``kind="mlp"`` is v1.1.
 
 Two things are timm's and not Flax's, so that a ViT's weights give the same numbers here as in timm: the GELU is exact
 (``act_layer="gelu_tanh"`` is the official one), and so is how weights start (``weight_init="jax"``).
@@ -33,16 +34,18 @@ from tokenlearner.insertion.insert import insert
 from tokenlearner.insertion.spec import FuserKind
 from tokenlearner.models.pooling import PooledViT
 from tokenlearner.models.presets import PRESETS, WEIGHTS, Preset
+from tokenlearner.models.video_presets import VIDEO_PRESETS, VideoPreset
+from tokenlearner.models.vivit import ViViT
 from tokenlearner.models.weights import fit_positions, some
 
 __all__ = ["tokenlearner_vit"]  # register_model adds each preset's name
 
-_OPTIONS = ("kind", "pool", "hidden_dim", "dropout")
+_OPTIONS = ("kind", "pool", "hidden_dim", "dropout", "mix")
 _NO_WEIGHTS: dict[str, Any] = dict.fromkeys(("url", "file", "state_dict", "hf_hub_id", "hf_hub_filename", "source"))
 
 
-def _cfg(resolution: int, **more: Any) -> dict[str, Any]:
-    """What timm wants to know of a model; pixel values are scaled to [-1, 1] as the official code does."""
+def _cfg(resolution: int, num_classes: int = 1000, **more: Any) -> dict[str, Any]:
+    """What timm wants to know of a model (of clips: of a frame); pixel values are scaled to [-1, 1] as officially."""
     return {
         "input_size": (3, resolution, resolution),
         "fixed_input_size": True,
@@ -50,7 +53,7 @@ def _cfg(resolution: int, **more: Any) -> dict[str, Any]:
         "crop_pct": 0.9 if resolution <= 224 else 1.0,
         "mean": IMAGENET_INCEPTION_MEAN,
         "std": IMAGENET_INCEPTION_STD,
-        "num_classes": 1000,
+        "num_classes": num_classes,
         "first_conv": "patch_embed.proj",
         "classifier": "head",
         **more,
@@ -67,11 +70,12 @@ def default_cfgs_of(presets: Mapping[str, Preset], weights: Mapping[str, Mapping
             entry["file"] = str(folder / entry["file"])  # an absolute path stays what it is
             cfgs[key] = _cfg(preset.resolution, **entry)
         if not tagged:
-            cfgs[name] = _cfg(preset.resolution)
+            cfgs[name] = _cfg(preset.resolution, preset.num_classes)
     return dict(generate_default_cfgs(cfgs))
 
 
-default_cfgs = default_cfgs_of(PRESETS, WEIGHTS)
+_ALL: dict[str, Preset] = {**PRESETS, **VIDEO_PRESETS}
+default_cfgs = default_cfgs_of(_ALL, WEIGHTS)
 
 
 @register_model
@@ -139,7 +143,7 @@ def preset_entry(preset: Preset) -> Callable[..., nn.Module]:
 def _build(preset: Preset, options: dict[str, Any], **arguments: Any) -> nn.Module:
     if preset.pooling:
         return PooledViT(pooling=preset.pooling, **arguments)
-    model = VisionTransformer(**arguments)
+    model = ViViT(**arguments) if isinstance(preset, VideoPreset) else VisionTransformer(**arguments)
     if preset.tokens is None:
         return model
     options = {"kind": preset.kind, **options}
@@ -152,7 +156,8 @@ def _create(name: str, build: Callable[..., nn.Module], pretrained: bool, kwargs
         if not (cfg.has_weights or cfg.state_dict):
             raise InputError(
                 f"nobody has published weights for {name}: use pretrained=False and train it, or put a plain ViT's "
-                "weights in with tokenlearner.models.load_vit_weights(model, state_dict)"
+                f"weights in with tokenlearner.models.{'inflate' if name in VIDEO_PRESETS else 'load_vit_weights'}"
+                "(model, state_dict)"
             )
         if cfg.file and not Path(cfg.file).exists():
             raise InputError(f"the weights of {name} are not where they should be, at {cfg.file}")
@@ -177,4 +182,4 @@ def _checked(state: Mapping[str, Tensor], model: nn.Module) -> dict[str, Tensor]
     return adapted
 
 
-globals().update({name: register_model(preset_entry(preset)) for name, preset in PRESETS.items()})
+globals().update({name: register_model(preset_entry(preset)) for name, preset in _ALL.items()})
