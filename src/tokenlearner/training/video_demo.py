@@ -33,8 +33,14 @@ from tokenlearner.models.vivit import ViViT
 from tokenlearner.training.fit import fit, result_of
 from tokenlearner.training.recipe import OptimizerRecipe, Recipe, check_recipe
 
-SIZE = {"img_size": moving_digits.SIDE, "patch_size": 4, "in_chans": 1, "num_classes": len(moving_digits.CLASSES)}
-SHAPE = {"embed_dim": 64, "depth": 4, "num_heads": 4, "class_token": False, "global_pool": "avg"}
+WIDTH = 64
+SIZE: dict[str, Any] = {
+    "img_size": moving_digits.SIDE,
+    "patch_size": 4,
+    "in_chans": 1,
+    "num_classes": len(moving_digits.CLASSES),
+}
+SHAPE: dict[str, Any] = {"embed_dim": WIDTH, "depth": 4, "num_heads": 4, "class_token": False, "global_pool": "avg"}
 INPUT = (1, moving_digits.FRAMES, moving_digits.SIDE, moving_digits.SIDE)
 PREPROCESSING = Preprocessing(
     (1, moving_digits.SIDE, moving_digits.SIDE), (moving_digits.MEAN,), (moving_digits.STD,), "bilinear", 1.0
@@ -57,9 +63,9 @@ def vivit() -> ViViT:
     """Its position embedding starts as sines and cosines of place, plus those of time."""
     model = ViViT(num_frames=moving_digits.FRAMES, tubelet_size=2, **SIZE, **SHAPE)
     slices, h, w = model.patch_embed.grid_size
-    waves = torch.exp(torch.arange(0, SHAPE["embed_dim"], 2) / SHAPE["embed_dim"] * -math.log(100.0))
+    waves = torch.exp(torch.arange(0, WIDTH, 2) / WIDTH * -math.log(100.0))
     angles = torch.arange(slices)[:, None] * waves
-    when, where = torch.cat([angles.sin(), angles.cos()], dim=1), build_sincos2d_pos_embed([h, w], SHAPE["embed_dim"])
+    when, where = torch.cat([angles.sin(), angles.cos()], dim=1), build_sincos2d_pos_embed([h, w], WIDTH)
     with torch.no_grad():
         cast(nn.Parameter, model.pos_embed).copy_(rearrange(when[:, None] + where, "t n d -> 1 (t n) d"))
     return model
@@ -69,7 +75,7 @@ def frame_average() -> FrameAverageViT:
     model = FrameAverageViT(fc_norm=False, **SIZE, **SHAPE)
     with torch.no_grad():
         grid = list(model.patch_embed.grid_size)
-        cast(nn.Parameter, model.pos_embed).copy_(build_sincos2d_pos_embed(grid, SHAPE["embed_dim"])[None])
+        cast(nn.Parameter, model.pos_embed).copy_(build_sincos2d_pos_embed(grid, WIDTH)[None])
     return model
 
 
@@ -111,8 +117,8 @@ def video_demo(
     write_report(
         output / "report.html",
         "Order in time, in eight tokens a slice",
-        f"The same recipe and seed on clips of {moving_digits.FRAMES} frames, in which a digit hops around a ring in one "
-        f"of {len(moving_digits.CLASSES)} orders; scored on {len(data.test)} clips of digits not seen in training. "
+        f"The same recipe and seed on clips of {moving_digits.FRAMES} frames, in which a digit hops around a ring in "
+        f"one of {len(moving_digits.CLASSES)} orders; scored on {len(data.test)} clips of digits not seen in training. "
         "Whoever averages over the frames can only guess.",
         results,
         looks,
