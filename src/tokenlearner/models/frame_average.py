@@ -16,7 +16,9 @@ class FrameAverageViT(VisionTransformer):
     The order of the frames can't make a difference.
     """
 
-    def forward_features(self, x: Float[Tensor, "b c t h w"], **arguments: object) -> Float[Tensor, "b t n d"]:
+    def forward_features(
+        self, x: Float[Tensor, "b c t h w"], attn_mask: Tensor | None = None, is_causal: bool = False
+    ) -> Float[Tensor, "b t n d"]:
         """The tokens of every frame.
 
         Raises:
@@ -24,7 +26,7 @@ class FrameAverageViT(VisionTransformer):
         """
         if x.ndim != 5:
             raise InputError(f"the model takes clips as (b, c, t, h, w), and got shape {tuple(x.shape)}")
-        tokens = super().forward_features(rearrange(x, "b c t h w -> (b t) c h w"), **arguments)
+        tokens = super().forward_features(rearrange(x, "b c t h w -> (b t) c h w"), attn_mask, is_causal)
         return rearrange(tokens, "(b t) n d -> b t n d", b=len(x))
 
     def forward_head(self, x: Float[Tensor, "b t n d"], pre_logits: bool = False) -> Tensor:

@@ -1,0 +1,74 @@
+"""Trained models by folder and by name; the weights that come with the package."""
+
+import json
+
+import pytest
+import timm
+import torch
+
+import tokenlearner
+from tokenlearner.cli import main
+from tokenlearner.errors import InputError
+from tokenlearner.models import open_trained, presets
+
+NAMES = [key.split(".")[0] for key in presets.WEIGHTS]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_our_weights_are_found_without_a_network_and_say_what_they_are(name, monkeypatch):
+    monkeypatch.setattr("socket.socket", None)
+    model = open_trained(name)
+    assert model.label_names == presets.WEIGHTS[f"{name}.cifar10"]["label_names"]
+    assert model.preprocessing.input_size == (3, 32, 32)
+    assert (model.preprocessing.mean, model.preprocessing.crop_pct) == ((0.4914, 0.4822, 0.4465), 1.0)
+    assert not model.training
+    file = presets.__file__.replace("presets.py", f"weights/{name}.cifar10")
+    with open(f"{file}.safetensors", "rb") as weights:  # noqa: PTH123
+        assert len(weights.read()) < 13e6
+    with open(f"{file}.md", encoding="utf-8") as card:  # noqa: PTH123
+        assert name in card.read()
+
+
+def test_a_name_with_its_tag_is_the_same_model():
+    one, other = (open_trained(f"tokenlearner_micro4_32_plain{tag}") for tag in ("", ".cifar10"))
+    x = torch.randn(2, 3, 32, 32)
+    assert torch.equal(one(x), other(x))
+
+
+def test_a_folder_is_opened_as_it_was_saved(tmp_path):
+    saved = timm.create_model("test_vit", num_classes=2, img_size=32)
+    model = open_trained(tokenlearner.save(saved, tmp_path, labels=("cat", "dog")))
+    assert model.label_names == ("cat", "dog")
+
+
+@pytest.mark.parametrize("name", ["tokenlearner_micro4_32_8at2", "runs/gone"])
+def test_what_is_neither_folder_nor_name_is_refused(name):
+    with pytest.raises(InputError, match=rf"no folder {name}, and no model of that name; .* tokenlearner_micro4_32_"):
+        open_trained(name)
+
+
+def test_weights_nobody_has_are_refused():
+    with pytest.raises(InputError, match="nobody has published weights for tokenlearner_s32_224_plain"):
+        open_trained("tokenlearner_s32_224_plain")
+
+
+def test_predict_and_maps_take_a_name(tmp_path, capsys):
+    from PIL import Image
+
+    Image.new("RGB", (40, 30), (90, 140, 230)).save(tmp_path / "sky.png")
+    main(["predict", "tokenlearner_micro4_32_8at2_mlp", str(tmp_path / "sky.png"), "--json"])
+    (row,) = json.loads(capsys.readouterr().out)["predictions"]
+    assert {entry["label"] for entry in row["predictions"]} < set(
+        presets.WEIGHTS["tokenlearner_micro4_32_plain.cifar10"]["label_names"]
+    )
+    main(
+        [
+            "maps",
+            "tokenlearner_micro4_32_8at3_mlp",
+            str(tmp_path / "sky.png"),
+            "--output",
+            str(tmp_path / "maps"),
+            "--json",
+        ]
+    )
+    assert (tmp_path / "maps" / "maps.png").exists()
