@@ -41,21 +41,24 @@ Fuser = Literal["fuser", "unpool", "reproject"]
 
 
 @app.command
-def demo(*, output: Path = Path("runs/demo"), epochs: int | None = None, seed: int = 0, json: Json = False) -> None:
+def demo(
+    *,
+    video: Annotated[bool, Parameter(negative="", help="Clips of moving digits instead, told apart by order.")] = False,
+    output: Annotated[Path | None, Parameter(help="Folder for all of it; runs/demo or runs/demo-video.")] = None,
+    epochs: Annotated[int | None, Parameter(help="Fewer for a quick look.")] = None,
+    seed: int = 0,
+    json: Json = False,
+) -> None:
     """Train a plain ViT and one with 8 learned tokens on handwritten digits, and show what the tokens bought.
 
-    Takes about two minutes on two cores; nothing is downloaded. Example: `tokenlearner demo`
-
-    Parameters
-    ----------
-    output
-        Folder for report.html, summary.json, both models and ten pictures to try them on.
-    epochs
-        Fewer for a quick look; 50 when not given.
+    Takes minutes on two cores; nothing is downloaded. Leaves report.html, summary.json, the models and pictures to try
+    them on. Example: `tokenlearner demo`
     """
-    from tokenlearner.training.demo import demo as run
+    from tokenlearner.training.demo import demo as images
+    from tokenlearner.training.video_demo import video_demo as clips
 
     report = sys.stderr if json else sys.stdout
+    run, output = (clips if video else images), output or Path("runs/demo-video" if video else "runs/demo")
     summary = run(output, epochs=epochs, seed=seed, log=lambda line: print(line, file=report, flush=True))
     show(summary, json, lambda: print_models(summary, f"report: {output / 'report.html'}"))
 

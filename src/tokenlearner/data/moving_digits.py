@@ -27,12 +27,12 @@ _RADIUS, _DIGIT = 6, 8
 ORDERS = {
     "clockwise": (0, 1, 2, 3, 4, 5, 6, 7),
     "counter-clockwise": (0, 7, 6, 5, 4, 3, 2, 1),
-    "three clockwise": (0, 3, 6, 1, 4, 7, 2, 5),
-    "three counter-clockwise": (0, 5, 2, 7, 4, 1, 6, 3),
+    "by threes clockwise": (0, 3, 6, 1, 4, 7, 2, 5),
+    "by threes counter-clockwise": (0, 5, 2, 7, 4, 1, 6, 3),
     "there and back": (0, 2, 4, 6, 7, 5, 3, 1),
     "back and there": (0, 1, 3, 5, 7, 6, 4, 2),
-    "across clockwise": (0, 4, 1, 5, 2, 6, 3, 7),
-    "across counter-clockwise": (0, 4, 7, 3, 6, 2, 5, 1),
+    "by twos clockwise": (0, 2, 4, 6, 1, 3, 5, 7),
+    "by twos counter-clockwise": (0, 6, 4, 2, 7, 5, 3, 1),
 }
 CLASSES = tuple(ORDERS)
 

@@ -50,12 +50,12 @@ RECIPE = Recipe(
     model="ViViT 64 wide, 4 layers, 8 frames of 20×20 pixels in tubelets of 2×4×4",
     tokens=8,
     at=0.5,
-    epochs=24,
+    epochs=26,
     batch_size=32,
     ema=0.99,
     held_out=0.25,
     workers=0,
-    optimizer=OptimizerRecipe(lr=2e-3, warmup_epochs=2),
+    optimizer=OptimizerRecipe("muon", lr=5e-3, warmup_epochs=1),
 )
 
 
