@@ -237,3 +237,19 @@ def test_processes_end_with_the_same_parameters_learned_module_included(tmp_path
     moved = {key for key in learned if not torch.equal(begin[key], first[key])}
     assert moved >= {"blocks.1.token_learner.alpha.conv.weight", "blocks.1.token_fuser.beta.fc2.weight"}
     assert history == other_history
+
+
+@pytest.mark.slow
+def test_two_processes_that_are_killed_go_on_as_if_they_had_not_been(photos, tmp_path):
+    options = [photos, "--recipe", recipe_file(tmp_path, replace(RECIPE, epochs=2, accumulate=1)), "--output"]
+    arguments, environment = command(*options, tmp_path / "unbroken", processes=2)
+    subprocess.run(arguments, env=environment, check=True, capture_output=True, timeout=250)
+    arguments, _ = command(*options, tmp_path / "run", processes=2)
+    process = subprocess.Popen(arguments, env=environment, start_new_session=True, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not (tmp_path / "run/checkpoints/last.ckpt").exists():
+        time.sleep(0.001)
+    os.killpg(process.pid, signal.SIGKILL)  # torchrun and both processes, in the middle of the first epoch
+    process.wait()
+    assert not (tmp_path / "run/summary.json").exists()
+    subprocess.run([*arguments, "--resume"], env=environment, check=True, capture_output=True, timeout=250)
+    assert same_run(tmp_path / "unbroken", tmp_path / "run")
