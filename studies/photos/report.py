@@ -4,7 +4,7 @@
     python studies/photos/report.py --out runs/flowers
 
 prints the table for the README too. The verdict on a model compares its mean with plain's: the difference is *better*
-or *worse* if it is larger than its 95 % margin, and *no worse* otherwise. The margin is Student's t with n₁ + n₂ − 2
+or *worse* if it is larger than its 95 % margin, and *undecided* otherwise. The margin is Student's t with n₁ + n₂ − 2
 degrees of freedom times the pooled standard error; a difference smaller than that is one this many seeds can't tell.
 
 ``--keep-weights`` (CIFAR-10) keeps of each model in ``KEPT`` the seed with the best test score, in fp16, with a card.
@@ -49,7 +49,7 @@ COLOURS = {  # Okabe and Ito's, told apart with any colour vision
 }
 RULE = (
     "better or worse: the means differ by more than the 95 % margin (Student's t, n1 + n2 - 2 degrees of freedom, "
-    "times the pooled standard error); no worse: they do not"
+    "times the pooled standard error); undecided: they do not"
 )
 
 
@@ -90,7 +90,7 @@ def compare(scores: list[float], plain: list[float]) -> dict[str, Any]:
     pooled = ((n1 - 1) * statistics.variance(scores) + (n2 - 1) * statistics.variance(plain)) / freedom
     error = math.sqrt(pooled * (1 / n1 + 1 / n2))
     margin = float(student.ppf(0.975, freedom)) * error
-    verdict = "better" if difference > margin else "worse" if difference < -margin else "no worse"
+    verdict = "better" if difference > margin else "worse" if difference < -margin else "undecided"
     return {
         "difference": round(difference, 2),
         "pooled_standard_error": round(error, 2),
