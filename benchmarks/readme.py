@@ -1,7 +1,7 @@
 """Measures the README's numbers and writes them into its tables, so that none is typed by hand.
 
 python benchmarks/readme.py measure   # times ViTs on this machine → benchmarks/readme.json (about 4 minutes)
-python benchmarks/readme.py demo      # copies runs/demo/summary.json and its picture → benchmarks/demo.json, docs/
+python benchmarks/readme.py demo      # copies the summaries and pictures of runs/demo and runs/demo-video → benchmarks/, docs/
 python benchmarks/readme.py write     # both files → README.md; `--check` only says whether it is up to date
 """
 
@@ -13,7 +13,9 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
-MEASURED, DEMO, README = ROOT / "benchmarks/readme.json", ROOT / "benchmarks/demo.json", ROOT / "README.md"
+MEASURED, README = ROOT / "benchmarks/readme.json", ROOT / "README.md"
+DEMOS = {"demo": ROOT / "benchmarks/demo.json", "demo-video": ROOT / "benchmarks/demo-video.json"}
+PHOTOS = {name: ROOT / f"studies/photos/{name}/summary.json" for name in ("cifar10", "flowers")}  # by report.py there
 
 # Host, image size, batch: the sizes the project compares itself on.
 CASES = (("vit_small_patch16_224", 224, 8), ("vit_base_patch16_224", 224, 8), ("vit_base_patch16_384", 384, 4))
@@ -56,19 +58,28 @@ def copy_demo() -> None:
     from tokenlearner.evaluation.predict import write_sheets
     from tokenlearner.insertion.saving import load
 
-    shutil.copy(ROOT / "runs/demo/summary.json", DEMO)
+    for name, path in DEMOS.items():
+        shutil.copy(ROOT / "runs" / name / "summary.json", path)
+    shutil.copy(ROOT / "runs/demo-video/maps/clockwise.png", ROOT / "docs/maps-video.png")
     pictures = find_images(ROOT / "runs/demo/pictures")
     write_sheets(load(ROOT / "runs/demo/tokenlearner"), pictures, ROOT / "docs", columns=len(pictures))
 
 
 def tables() -> dict[str, str]:
     """The README's generated parts by name."""
-    demo, measured = json.loads(DEMO.read_text()), json.loads(MEASURED.read_text())
-    return {"demo": demo_table(demo), "speed": speed_table(measured)}
+    demo, video = (json.loads(path.read_text()) for path in DEMOS.values())
+    measured = json.loads(MEASURED.read_text())
+    photos = {name: json.loads(path.read_text()) for name, path in PHOTOS.items()}
+    demos = {
+        "demo": demo_table(demo, "digits, `make demo`", "digits"),
+        "demo-video": demo_table(video, "moving digits, `tokenlearner demo --video`", "clips"),
+    }
+    return {**demos, "speed": speed_table(measured), "photos": photos_table(photos)}
 
 
-def demo_table(demo: dict) -> str:
-    lines = ["| digits, `make demo` | accuracy | MACs | images/s | tokens per layer |", "|---|---|---|---|---|"]
+def demo_table(demo: dict, title: str, what: str) -> str:
+    rate = "images/s" if what == "digits" else f"{what}/s"
+    lines = [f"| {title} | accuracy | MACs | {rate} | tokens per layer |", "|---|---|---|---|---|"]
     for row in demo["models"]:
         tokens = " ".join(map(str, row["tokens_per_layer"]))
         lines.append(
@@ -76,7 +87,7 @@ def demo_table(demo: dict) -> str:
             f"{row['images_per_second']:,.0f} ({row['speedup']:.2f}×) | {tokens} |"
         )
     return "\n".join(
-        [*lines, "", f"{demo['seconds']:.0f} s in all, {demo['held_out']} held-out digits, {demo['hardware']}."]
+        [*lines, "", f"{demo['seconds']:.0f} s in all, {demo['held_out']} held-out {what}, {demo['hardware']}."]
     )
 
 
@@ -91,6 +102,31 @@ def speed_table(measured: dict) -> str:
     batches = ", ".join(str(batch) for _, _, batch in CASES)
     how = f"Forward passes in float32, batch {batches}, median of {measured['rounds']} alternated rounds."
     return "\n".join([*lines, "", f"{how} {measured['hardware']}, torch {measured['torch']}."])
+
+
+def photos_table(studies: dict[str, dict]) -> str:
+    cifar, flowers = studies["cifar10"], studies["flowers"]
+    lines = ["| model | MACs | CIFAR-10, top-1 | flowers, top-1 |", "|---|---|---|---|"]
+    plain = cifar["models"]["plain"]
+    for name, model in cifar["models"].items():
+        macs = f"{model['macs'] / 1e6:.1f} M ({model['macs'] / plain['macs']:.2f}×)"
+        scores = [photos_score(study["models"][name]) for study in studies.values()]
+        lines.append(f"| {model['label']} | {macs} | {' | '.join(scores)} |")
+    seeds, (hardware,) = {m["n"] for s in studies.values() for m in s["models"].values()}, cifar["hardware"]
+    how = (
+        f"Mean ± sample deviation of {' or '.join(map(str, sorted(seeds)))} seeds on the whole test sets, of the last "
+        f"epoch's averaged weights; {cifar['recipe']['epochs']} and {flowers['recipe']['epochs']} epochs. MACs on "
+        f"CIFAR-10. In brackets the difference to the plain ViT beside its 95 % margin. {hardware}."
+    )
+    return "\n".join([*lines, "", how])
+
+
+def photos_score(model: dict) -> str:
+    score = f"{model['top1_mean']:.1f} ± {model['top1_deviation']:.1f} %"
+    against = model.get("against_plain")
+    if against is None:
+        return score
+    return f"{score} ({against['verdict']}: {against['difference']:+.1f}, margin {against['margin']:.1f})"
 
 
 def written() -> str:

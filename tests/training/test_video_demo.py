@@ -39,7 +39,7 @@ def test_summary(run):
     assert [model["name"] for model in summary["models"]] == NAMES
     plain, few, frames = (model["tokens_per_layer"] for model in summary["models"])
     assert (plain, few, frames) == ([100] * 4, [100, 100, 32, 32], [25] * 4)
-    assert (summary["held_out"], summary["seed"]) == (900, 0)
+    assert (summary["held_out"], summary["seed"]) == (450, 0)
     assert [line.split(":")[0] for line in log] == NAMES
 
 

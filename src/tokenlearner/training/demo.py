@@ -29,13 +29,13 @@ RECIPE = Recipe(
     model="ViT 64 wide, 4 layers, 12×12 pixels in patches of 2",
     tokens=8,
     at=0.5,
-    epochs=50,
+    epochs=40,
     batch_size=32,
     label_smoothing=0.1,
     ema=0.995,
     held_out=0.25,
     workers=0,
-    optimizer=OptimizerRecipe(lr=1e-3, warmup_epochs=3),
+    optimizer=OptimizerRecipe("muon", lr=4e-3, warmup_epochs=3),
 )
 
 
