@@ -1,7 +1,7 @@
 """Measures the README's numbers and writes them into its tables, so that none is typed by hand.
 
 python benchmarks/readme.py measure   # times ViTs on this machine → benchmarks/readme.json (about 4 minutes)
-python benchmarks/readme.py demo      # copies the summaries and pictures of runs/demo and runs/demo-video → benchmarks/, docs/
+python benchmarks/readme.py demo      # copies summaries and pictures of both demos in runs/ → benchmarks/, docs/
 python benchmarks/readme.py write     # both files → README.md; `--check` only says whether it is up to date
 """
 
