@@ -211,7 +211,9 @@ def test_the_summary_a_kill_left_out_is_written(photos, unfinished, finished_onc
     assert (unfinished / "report.html").is_file()
 
 
-@pytest.mark.parametrize("kept", [{"recipe.json"}, {"recipe.json", "held_out.json"}, set()], ids=["recipe", "recipe and held out", "nothing"])
+@pytest.mark.parametrize(
+    "kept", [{"recipe.json"}, {"recipe.json", "held_out.json"}, set()], ids=["recipe", "recipe and held out", "nothing"]
+)
 def test_a_run_stopped_before_its_first_checkpoint_begins_anew(photos, finished, finished_once, kept):
     for name in files(finished).keys() - kept:
         (finished / name).unlink()
