@@ -54,11 +54,13 @@ def demo(
     Takes minutes on two cores; nothing is downloaded. Leaves report.html, summary.json, the models and pictures to try
     them on. Example: `tokenlearner demo`
     """
-    from tokenlearner.training.demo import demo as images
-    from tokenlearner.training.video_demo import video_demo as clips
+    if video:
+        from tokenlearner.training.video_demo import video_demo as run
+    else:
+        from tokenlearner.training.demo import demo as run
 
     report = sys.stderr if json else sys.stdout
-    run, output = (clips if video else images), output or Path("runs/demo-video" if video else "runs/demo")
+    output = output or Path("runs/demo-video" if video else "runs/demo")
     summary = run(output, epochs=epochs, seed=seed, log=lambda line: print(line, file=report, flush=True))
     show(summary, json, lambda: print_models(summary, f"report: {output / 'report.html'}"))
 

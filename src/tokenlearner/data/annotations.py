@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from tokenlearner.data.clips import Event, LabelledClips, Span
-from tokenlearner.data.images import Label, class_positions, unknown_class
+from tokenlearner.data.images import Label, class_positions, folder_classes, unknown_class
 from tokenlearner.data.videos import VideoSource, find_videos
 from tokenlearner.errors import InputError
 
@@ -280,12 +280,7 @@ def scan_video_folders(
         folders = sorted(entry for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     except OSError as error:
         raise InputError(f"{root} can't be listed ({error.strerror}): expected a folder for each class") from error
-    if not folders:
-        raise InputError(f"{root} holds no class folder: expected one folder for each class, with its videos inside")
-    if classes is None:
-        classes = [folder.name for folder in folders]
-        if len(classes) < 2:
-            raise InputError(f"{root} holds a single class folder, {classes[0]}: expected at least 2 classes")
+    classes = folder_classes(root, folders, classes, "videos")
     label_of = class_positions(classes)
     items = []
     for folder in folders:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from torch.utils.data import Dataset
 
 from tokenlearner.data.containers import TOLERANCE, RefusedError
-from tokenlearner.data.images import Damaged, Label, LabelledImages, OnError, Sample
+from tokenlearner.data.images import Damaged, Label, Labelled, LabelledImages, OnError, Sample
 from tokenlearner.data.videos import DamagedVideo, FrameFolder, VideoSource, read_clip
 from tokenlearner.errors import InputError
 
@@ -35,7 +35,7 @@ class Event(NamedTuple):
 
 
 @dataclass(frozen=True)
-class LabelledClips:
+class LabelledClips(Labelled):
     """``labels[i]`` is the position in ``classes`` of the class of the i-th clip, or of its classes where the clips are
     multi-label (all of them or none).
 
@@ -55,18 +55,8 @@ class LabelledClips:
             if values is not None and len(values) != len(self.files):
                 raise InputError(f"{len(values)} {name} for {len(self.files)} files: give one for each")
 
-    @property
-    def multilabel(self) -> bool:
-        return bool(self.labels) and isinstance(self.labels[0], tuple)
-
     def __len__(self) -> int:
         return len(self.files)
-
-    def as_multilabel(self) -> LabelledClips:
-        """The same clips, each of one class where they were not multi-label."""
-        if self.multilabel:
-            return self
-        return replace(self, labels=tuple((label,) for label in self.labels if isinstance(label, int)))
 
     def subset(self, indices: Iterable[int]) -> LabelledClips:
         """These clips in this order, of the same classes, without the missing (they belong to the list)."""

@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Self
 
 import torch
 from PIL import Image
@@ -78,8 +78,25 @@ def _suffixes() -> str:
     return " ".join(sorted(IMAGE_SUFFIXES))
 
 
+class Labelled:
+    """What images and clips have in common that know their classes."""
+
+    labels: tuple[Label, ...]
+
+    @property
+    def multilabel(self) -> bool:
+        return bool(self.labels) and isinstance(self.labels[0], tuple)
+
+    def as_multilabel(self) -> Self:
+        """The same, each of one class where they were not multi-label."""
+        if self.multilabel:
+            return self
+        labels = tuple((label,) for label in self.labels if isinstance(label, int))
+        return replace(self, labels=labels)  # type: ignore[type-var]
+
+
 @dataclass(frozen=True)
-class LabelledImages:
+class LabelledImages(Labelled):
     """``labels[i]`` is the position in ``classes`` of the class of ``files[i]``, or of its classes where the images are
     multi-label (of all or of none of them); ``strays`` lay in no class folder.
     """
@@ -89,18 +106,8 @@ class LabelledImages:
     classes: tuple[str, ...]
     strays: tuple[Path, ...] = ()
 
-    @property
-    def multilabel(self) -> bool:
-        return bool(self.labels) and isinstance(self.labels[0], tuple)
-
     def __len__(self) -> int:
         return len(self.files)
-
-    def as_multilabel(self) -> LabelledImages:
-        """The same images, each of one class where they were not multi-label."""
-        if self.multilabel:
-            return self
-        return replace(self, labels=tuple((label,) for label in self.labels if isinstance(label, int)))
 
     def subset(self, indices: Iterable[int]) -> LabelledImages:
         """These images in this order, of the same classes, without the strays (they belong to the scan)."""
@@ -134,6 +141,20 @@ class LabelledImages:
         )
 
 
+def folder_classes(root: Path, folders: Sequence[Path], classes: Sequence[str] | None, content: str) -> Sequence[str]:
+    """``classes``, or the names of the class ``folders`` of ``root``; ``content`` is what a sentence calls their files.
+
+    ``InputError`` if there is no folder, or a single one to take the classes from.
+    """
+    if not folders:
+        raise InputError(f"{root} holds no class folder: expected one folder for each class, with its {content} inside")
+    if classes is None:
+        classes = [folder.name for folder in folders]
+        if len(classes) < 2:
+            raise InputError(f"{root} holds a single class folder, {classes[0]}: expected at least 2 classes")
+    return classes
+
+
 def scan_class_folders(root: str | Path, classes: Sequence[str] | None = None) -> LabelledImages:
     """The images under ``root``, where each folder is a class and holds its images at any depth.
 
@@ -151,12 +172,7 @@ def scan_class_folders(root: str | Path, classes: Sequence[str] | None = None) -
             f"{root} can't be listed ({error.strerror}): expected a folder that holds one for each class"
         ) from error
     folders = [entry for entry in entries if entry.is_dir()]
-    if not folders:
-        raise InputError(f"{root} holds no class folder: expected one folder for each class, with its images inside")
-    if classes is None:
-        classes = [folder.name for folder in folders]
-        if len(classes) < 2:
-            raise InputError(f"{root} holds a single class folder, {classes[0]}: expected at least 2 classes")
+    classes = folder_classes(root, folders, classes, "images")
     label_of = class_positions(classes)
     files: list[Path] = []
     labels: list[int] = []

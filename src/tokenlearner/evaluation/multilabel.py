@@ -91,13 +91,11 @@ def evaluate_multilabel(
         seen[batch.indices] = True
     if not seen.any():
         raise nothing_decoded(damaged)
-    found = targets.any(dim=-1).tolist()
-    if not any(found):
+    shares = average_precisions(scores[:, seen], targets[:, seen])
+    if not shares:
         raise InputError(f"none of the {int(seen.sum())} images has a class, so there is nothing to find")
-    shares = {
-        name: average_precision(scores[j, seen], targets[j, seen]) for j, name in enumerate(images.classes) if found[j]
-    }
-    return MultilabelScore(shares, int(seen.sum()), which, tuple(damaged))
+    by_name = {images.classes[j]: share for j, share in shares.items()}
+    return MultilabelScore(by_name, int(seen.sum()), which, tuple(damaged))
 
 
 class MeanAveragePrecision(Metric):
@@ -119,8 +117,12 @@ class MeanAveragePrecision(Metric):
 
     def compute(self) -> Tensor:
         scores, targets = (dim_zero_cat(state).cpu().T for state in (self.scores, self.targets))  # type: ignore[arg-type]
-        shares = [average_precision(scores[j], targets[j]) for j in range(len(scores)) if targets[j].any()]
-        return torch.tensor(shares).mean()
+        return torch.tensor(list(average_precisions(scores, targets).values())).mean()
+
+
+def average_precisions(scores: Float[Tensor, "classes n"], targets: Bool[Tensor, "classes n"]) -> dict[int, float]:
+    """By class, of those that some of the n images have."""
+    return {j: average_precision(scores[j], targets[j]) for j in range(len(scores)) if targets[j].any()}
 
 
 def average_precision(scores: Float[Tensor, " n"], targets: Bool[Tensor, " n"]) -> float:

@@ -18,6 +18,7 @@ from tokenlearner.errors import InputError
 from tokenlearner.insertion.hosting import build_host
 from tokenlearner.insertion.insert import insert, insertion_of
 from tokenlearner.insertion.saving import Preprocessing, load, read_config
+from tokenlearner.insertion.spec import Insertion
 from tokenlearner.models.weights import LoadedWeights, load_vit_weights
 from tokenlearner.training.losses import HEAD_BIAS
 from tokenlearner.training.recipe import Recipe
@@ -50,7 +51,7 @@ def _insertion(recipe: Recipe) -> dict[str, Any]:
     if _host_is_inits(recipe) and asked == {name: getattr(Recipe(), name) for name in names}:
         saved = read_config(Path(str(recipe.init)))["insertion"]
         if saved:
-            return {name: value for name, value in saved.items() if name != "host_depth"}
+            return Insertion(**saved).to_insert_arguments()
     return {"num_tokens": asked.pop("tokens"), **asked}
 
 

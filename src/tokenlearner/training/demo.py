@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-import lightning as L
 import torch
 from timm.layers import build_sincos2d_pos_embed
 from timm.models.vision_transformer import VisionTransformer
@@ -17,13 +17,13 @@ from torch import nn
 from tokenlearner.data import digits
 from tokenlearner.insertion.insert import insert
 from tokenlearner.insertion.saving import save
-from tokenlearner.inspection.cost import cost
 from tokenlearner.inspection.report import write_report
 from tokenlearner.inspection.speed import measure_speed
 from tokenlearner.inspection.summary import hardware, write_summary
-from tokenlearner.training.fit import fit, result_of
+from tokenlearner.training.fit import result_of
 from tokenlearner.training.looks import looks_at
 from tokenlearner.training.recipe import OptimizerRecipe, Recipe, check_recipe
+from tokenlearner.training.side_by_side import fit_each
 
 RECIPE = Recipe(
     model="ViT 64 wide, 4 layers, 12×12 pixels in patches of 2",
@@ -75,17 +75,19 @@ def demo(
     start = time.perf_counter()
     recipe = replace(RECIPE, seed=seed, epochs=RECIPE.epochs if epochs is None else epochs)
     check_recipe(recipe)
-    data = digits.load(recipe.held_out)
-    models: dict[str, nn.Module] = {}
-    fits = {}
-    for name in ("plain", "tokenlearner"):
-        L.seed_everything(seed, workers=True, verbose=False)
-        models[name] = host() if name == "plain" else insert(host(), recipe.tokens, recipe.at, recipe.kind)
-        log(f"{name}: {cost(models[name], digits.PREPROCESSING.input_size)}")
-        fits[name] = fit(models[name], data.train, data.test, recipe, output / name, num_classes=10)
-        save(models[name], output / name, preprocessing=digits.PREPROCESSING, labels=digits.CLASSES)
+    data, size = digits.load(recipe.held_out), digits.PREPROCESSING.input_size
+    models, fits = fit_each(
+        {"plain": host, "tokenlearner": lambda: insert(host(), recipe.tokens, recipe.at, recipe.kind)},
+        data.train,
+        data.test,
+        recipe,
+        output,
+        num_classes=len(digits.CLASSES),
+        input_size=size,
+        keep=functools.partial(save, preprocessing=digits.PREPROCESSING, labels=digits.CLASSES),
+        log=log,
+    )
     speeds = {s.name: s for s in measure_speed(models, data.test.images[:64])}
-    size = digits.PREPROCESSING.input_size
     results = [result_of(name, model, fits[name], speeds[name], size) for name, model in models.items()]
     shown = _one_of_each(data.test.labels)
     _save_pictures(data, shown, output / "pictures")

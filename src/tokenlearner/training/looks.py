@@ -35,6 +35,10 @@ def looks_at(
             said, true = (", ".join(names[i] for i in part.nonzero()) or "nothing" for part in (scores > 0, label > 0))
         else:
             said, true = names[int(scores.argmax())], names[int(label)]
-        caption = said if said == true else f"{said}, is {true}"
-        looks.append(Look(picture, caption, [overlay(picture, a) for a in attention]))
+        looks.append(Look(picture, caption(said, true), [overlay(picture, a) for a in attention]))
     return looks
+
+
+def caption(said: str, true: str) -> str:
+    """What a model said of a picture, and what it is where that is something else."""
+    return said if said == true else f"{said}, is {true}"

@@ -8,14 +8,15 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
-import lightning as L
 import torch
 from einops import rearrange
+from jaxtyping import Float
+from PIL import Image
 from timm.layers import build_sincos2d_pos_embed
 from torch import Tensor, nn
 
@@ -23,15 +24,16 @@ from tokenlearner.data import moving_digits
 from tokenlearner.data.write_video import write_video
 from tokenlearner.insertion.insert import attention_maps, insert
 from tokenlearner.insertion.saving import Preprocessing, save
-from tokenlearner.inspection.cost import cost
 from tokenlearner.inspection.maps import draw_sheet, overlay, picture_of
 from tokenlearner.inspection.report import Look, write_report
 from tokenlearner.inspection.speed import measure_speed
 from tokenlearner.inspection.summary import hardware, write_summary
 from tokenlearner.models.frame_average import FrameAverageViT
 from tokenlearner.models.vivit import ViViT
-from tokenlearner.training.fit import fit, result_of
+from tokenlearner.training.fit import result_of
+from tokenlearner.training.looks import caption
 from tokenlearner.training.recipe import OptimizerRecipe, Recipe, check_recipe
+from tokenlearner.training.side_by_side import fit_each
 
 WIDTH = 64
 SIZE: dict[str, Any] = {
@@ -99,16 +101,22 @@ def video_demo(
         "tokenlearner": lambda: insert(vivit(), recipe.tokens, recipe.at, recipe.kind),
         "frame_average": frame_average,
     }
-    models, fits = {}, {}
-    for name, build in builders.items():
-        L.seed_everything(seed, workers=True, verbose=False)
-        models[name] = build()
-        log(f"{name}: {cost(models[name], INPUT)}")
-        fits[name] = fit(
-            models[name], data.train, data.test, recipe, output / name, num_classes=len(moving_digits.CLASSES)
-        )
-        if name != "frame_average":
-            save(models[name], output / name, preprocessing=PREPROCESSING, labels=moving_digits.CLASSES)
+
+    def keep(model: nn.Module, folder: Path) -> None:
+        if not isinstance(model, FrameAverageViT):  # a baseline, and none that save knows
+            save(model, folder, preprocessing=PREPROCESSING, labels=moving_digits.CLASSES)
+
+    models, fits = fit_each(
+        builders,
+        data.train,
+        data.test,
+        recipe,
+        output,
+        num_classes=len(moving_digits.CLASSES),
+        input_size=INPUT,
+        keep=keep,
+        log=log,
+    )
     clips = torch.stack([data.test[i][0] for i in range(32)])
     speeds = {s.name: s for s in measure_speed(models, clips)}
     results = [result_of(name, model, fits[name], speeds[name], INPUT) for name, model in models.items()]
@@ -138,27 +146,23 @@ def _looks(model: nn.Module, clips: moving_digits.Clips, folder: Path, shown: in
     for index in range(0, len(clips), max(1, len(clips) // shown))[:shown]:
         clip, label, _ = clips[index]
         maps = next(iter(attention_maps(model, clip[None]).values()))[0]  # (slices, s, h, w)
-        guess = int(model(clip[None]).argmax())
-        said, true = moving_digits.CLASSES[guess], moving_digits.CLASSES[label]
-        caption = said if guess == label else f"{said}, is {true}"
+        said, true = moving_digits.CLASSES[int(model(clip[None]).argmax())], moving_digits.CLASSES[label]
         frames = [picture_of(frame, PREPROCESSING) for frame in rearrange(clip, "c t h w -> t c h w")]
-        of_frame = maps.repeat_interleave(len(frames) // len(maps), dim=0)
+        step = len(frames) // len(maps)
+        of_frame = maps.repeat_interleave(step, dim=0)
         name = true.replace(" ", "-")
         titles = [f"frame {t + 1}" for t in range(len(frames))]
         draw_sheet(frames, of_frame, folder / f"{name}.png", titles)
         write_video(overlaid(frames, of_frame), folder / f"{name}.mp4", fps=4)
-        step = len(frames) // len(maps)
         looks += [
-            Look(frames[t], f"{caption}, frame {t + 1}", [overlay(frames[t], a) for a in of_frame[t]])
+            Look(frames[t], f"{caption(said, true)}, frame {t + 1}", [overlay(frames[t], a) for a in of_frame[t]])
             for t in range(0, len(frames), step)
         ]
     return looks
 
 
-def overlaid(frames: Any, maps: Tensor) -> list[Any]:
-    """Each frame beside its maps, (t, s, h, w), in one row."""
-    from PIL import Image
-
+def overlaid(frames: Sequence[Image.Image], maps: Float[Tensor, "t s h w"]) -> list[Image.Image]:
+    """Each frame beside its maps, in one row."""
     rows = []
     for frame, of_frame in zip(frames, maps):
         parts = [frame, *(overlay(frame, a) for a in of_frame)]

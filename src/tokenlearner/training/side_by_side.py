@@ -1,0 +1,42 @@
+"""Several models by one recipe and seed, for runs that compare them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+from torch import nn
+from torch.utils.data import Dataset
+
+from tokenlearner.inspection.cost import cost
+from tokenlearner.training.fit import Fitted, fit
+from tokenlearner.training.recipe import Recipe
+
+
+def fit_each(
+    builders: Mapping[str, Callable[[], nn.Module]],
+    train_set: Dataset[Any],
+    val_set: Dataset[Any],
+    recipe: Recipe,
+    output: Path,
+    *,
+    num_classes: int,
+    input_size: tuple[int, ...],
+    keep: Callable[[nn.Module, Path], object],
+    log: Callable[[str], object],
+) -> tuple[dict[str, nn.Module], dict[str, Fitted]]:
+    """Builds, trains and keeps each model in ``output/name``, all from one seed; the models and what became of them.
+
+    ``log`` gets a line with the cost before each is trained; ``keep`` gets the model and its folder after it.
+    """
+    models: dict[str, nn.Module] = {}
+    fits: dict[str, Fitted] = {}
+    for name, build in builders.items():
+        L.seed_everything(recipe.seed, workers=True, verbose=False)
+        models[name] = build()
+        log(f"{name}: {cost(models[name], input_size)}")
+        fits[name] = fit(models[name], train_set, val_set, recipe, output / name, num_classes=num_classes)
+        keep(models[name], output / name)
+    return models, fits
