@@ -11,11 +11,13 @@ NAMES = [
     "Cost",
     "InputError",
     "Insertion",
+    "NeighbourTokenLearner",
     "Preprocessing",
     "Reproject",
     "TokenFuser",
     "TokenLearner",
     "Unpool",
+    "WindowTokenLearner",
     "__version__",
     "attention_maps",
     "cost",
@@ -32,7 +34,8 @@ SIGNATURES = {
     "insert": (
         "(model: 'ModelT', num_tokens: 'int' = 8, at: 'int | float' = 0.5, kind: 'Kind' = 'mlp', "
         "fuser: 'FuserKind | None' = None, extra_layers: 'int' = 0, *, pool: 'Pool | None' = None, "
-        "hidden_dim: 'int' = 64, dropout: 'float' = 0.0, mix: 'Mix' = 'slice') -> 'ModelT'"
+        "hidden_dim: 'int' = 64, dropout: 'float' = 0.0, mix: 'Mix' = 'slice', over: 'Over' = 'slice', "
+        "window: 'int | None' = None) -> 'ModelT'"
     ),
     "remove": "(model: 'ModelT') -> 'ModelT'",
     "attention_maps": (

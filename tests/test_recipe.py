@@ -10,6 +10,7 @@ import yaml
 from tokenlearner.errors import InputError
 from tokenlearner.training.recipe import (
     AugmentRecipe,
+    ClipRecipe,
     OptimizerRecipe,
     Recipe,
     check_recipe,
@@ -46,6 +47,9 @@ EVERY_FIELD = Recipe(
     kind="conv",
     fuser="unpool",
     extra_layers=1,
+    mix="clip",
+    over="neighbours",
+    window=5,
     epochs=7,
     batch_size=9,
     accumulate=3,
@@ -64,6 +68,7 @@ EVERY_FIELD = Recipe(
     wandb=True,
     optimizer=OptimizerRecipe("lamb", 0.02, 0.03, (0.5, 0.6), 4.5, "linear", 1e-7, None, 0.75),
     augment=AugmentRecipe("augmix", (0.1, 0.9), 0.25, 0.4, 0.35, 0.8, 0.9),
+    clip=ClipRecipe(64, 6.5, 4, 300, (4, 3), "window"),
 )
 
 
@@ -75,10 +80,11 @@ def put(folder: Path, text: str, suffix: str = ".yaml") -> Path:
 
 def plain(recipe: Recipe) -> bool:
     """Dataclass equality wants one class on both sides; parsing must leave nothing of the command line's own."""
-    return [type(part) for part in (recipe, recipe.optimizer, recipe.augment)] == [
+    return [type(part) for part in (recipe, recipe.optimizer, recipe.augment, recipe.clip)] == [
         Recipe,
         OptimizerRecipe,
         AugmentRecipe,
+        ClipRecipe,
     ]
 
 

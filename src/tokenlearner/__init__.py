@@ -16,6 +16,8 @@ __version__ = "0.1.0"
 
 _HOME = {
     "TokenLearner": "core",
+    "NeighbourTokenLearner": "core",
+    "WindowTokenLearner": "core",
     "TokenFuser": "core",
     "Unpool": "core",
     "Reproject": "core",
@@ -38,11 +40,13 @@ __all__ = [
     "Cost",
     "InputError",
     "Insertion",
+    "NeighbourTokenLearner",
     "Preprocessing",
     "Reproject",
     "TokenFuser",
     "TokenLearner",
     "Unpool",
+    "WindowTokenLearner",
     "__version__",
     "attention_maps",
     "cost",
@@ -56,7 +60,14 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
-    from tokenlearner.core import Reproject, TokenFuser, TokenLearner, Unpool
+    from tokenlearner.core import (
+        NeighbourTokenLearner,
+        Reproject,
+        TokenFuser,
+        TokenLearner,
+        Unpool,
+        WindowTokenLearner,
+    )
     from tokenlearner.errors import InputError
     from tokenlearner.insertion import (
         Insertion,

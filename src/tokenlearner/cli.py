@@ -7,10 +7,11 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from cyclopts import App, CycloptsError, Parameter
+from cyclopts import App, CycloptsError, Parameter, Token
 
 from tokenlearner import __version__
 from tokenlearner.errors import InputError
@@ -32,6 +33,35 @@ app = App(
     help_format="markdown",
 )
 
+
+def input_shape(_: Any, tokens: Sequence[Token]) -> tuple[int, ...]:
+    """``3 224 224`` or ``3,224,224``; for clips four numbers."""
+    numbers = [number for token in tokens for number in token.value.split(",")]
+    if len(numbers) not in (3, 4) or not all(number.isdecimal() and int(number) for number in numbers):
+        raise ValueError(f"--input-size requires 3 numbers, or 4 for clips, not {' '.join(numbers)}")
+    return tuple(map(int, numbers))
+
+
+@dataclass
+class VideoOptions:
+    """What a list of videos, or a folder of them, does not say itself."""
+
+    videos: Path | None = None
+    """Folder of the videos that a list of Charades, Kinetics or AViD names."""
+    classes: Path | None = None
+    """Charades' class file, or a text file with a class a line, in the order of the model's outputs."""
+    val: Path | None = None
+    """List to evaluate on, where DATA is a list to train on."""
+    hierarchy: Path | None = None
+    """AViD's hierarchy: videos are then of all classes above their own too."""
+    frame_fps: float | None = None
+    """Folders of pictures are videos of so many frames a second."""
+
+
+Listed = Annotated[VideoOptions, Parameter(name="*", group="Videos")]
+Views = Annotated[
+    tuple[int, int], Parameter(help="Of a video: windows, and crops of each, whose outputs are averaged.")
+]
 Json = Annotated[bool, Parameter(name="--json", negative="", help="Print one JSON document instead of a table.")]
 OnError = Annotated[
     Literal["skip", "raise"], Parameter(help="Damaged files: name, count and skip them, or stop at the first.")
@@ -77,19 +107,20 @@ def train(
         bool, Parameter(negative="", help="Go on with the run in --output, by its recipe, at its last checkpoint.")
     ] = False,
     recipe: RecipeArgument = CommandLineRecipe(),  # noqa: B008 - cyclopts reads the default
+    listed: Listed = VideoOptions(),  # noqa: B008
     on_error: OnError = "skip",
     json: Json = False,
 ) -> None:
-    """Train a ViT with learned tokens on your own pictures.
+    """Train a ViT with learned tokens on your own pictures or videos.
 
-    DATA holds one folder a class, or `train` and `val` folders that do; or tar shards; or it is a CSV of file,label.
-    Several processes: `torchrun --nproc-per-node 8 -m tokenlearner train …`
+    DATA holds one folder a class, or `train` and `val` folders that do; or tar shards; or it is a CSV of file,label, or
+    a list of Charades, Kinetics or AViD. Several processes: `torchrun --nproc-per-node 8 -m tokenlearner train …`
 
     Example: `tokenlearner train photos --model vit_tiny_patch16_224 --tokens 8 --at 0.5 --output runs/photos`
     """
     from tokenlearner.training.train import train as run
 
-    summary = run(data, plain_recipe(recipe), output, on_error=on_error, resume=resume)
+    summary = run(data, plain_recipe(recipe), output, on_error=on_error, resume=resume, listing=listing_of(listed))
     if summary:  # one process of several writes
         show(summary, json, lambda: print_models(summary, f"model and report: {output}"))
 
@@ -159,7 +190,9 @@ def evaluate(
     shots: Annotated[int, Parameter(help="fewshot: training images a class.")] = 5,
     l2: Annotated[float, Parameter(help="fewshot: strength of the ridge.")] = 1.0,
     seed: Annotated[int, Parameter(help="fewshot: which images are drawn.")] = 0,
-    batch_size: int = 64,
+    views: Views = (4, 3),
+    listed: Listed = VideoOptions(),  # noqa: B008
+    batch_size: Annotated[int, Parameter(help="Images or views at once.")] = 64,
     workers: int = 2,
     on_error: OnError = "skip",
     device: Annotated[
@@ -188,6 +221,8 @@ def evaluate(
         workers=workers,
         on_error=on_error,
         device=device,
+        views=views,
+        listing=listing_of(listed),
     )
 
     def table() -> None:
@@ -202,8 +237,11 @@ def evaluate(
             for key, value in result.items()
             if isinstance(value, int | float)
         ]
+        if "views" in result:
+            rows.append(("views", "×".join(map(str, result["views"]))))
         print_table((protocol, result.get("which", str(data))), rows)
         warn_damaged(result["damaged"])
+        warn_missing(result.get("missing"))
 
     show(result, json, table)
 
@@ -258,8 +296,15 @@ def cost(
     kind: Kind = "mlp",
     fuser: Fuser | None = None,
     extra_layers: int = 0,
+    over: Literal["slice", "neighbours", "window"] = "slice",
+    window: int | None = None,
     input_size: Annotated[
-        tuple[int, int, int] | None, Parameter(help="Channels, height, width; the model's own when not given.")
+        tuple[int, ...] | None,
+        Parameter(
+            help="Channels, (frames,) height, width, such as 3,32,224,224; the model's own when not given.",
+            converter=input_shape,
+            consume_multiple=True,
+        ),
     ] = None,
     json: Json = False,
 ) -> None:
@@ -269,7 +314,8 @@ def cost(
     """
     from tokenlearner.inspection.cost import cost as count
 
-    built = open_model(model, tokens, at, kind, fuser, extra_layers)
+    learned = {"at": at, "kind": kind, "fuser": fuser, "extra_layers": extra_layers, "over": over, "window": window}
+    built = open_model(model, tokens, learned)
     try:
         counted = count(built, input_size or own_input_size(built))
     except ValueError as error:
@@ -293,7 +339,7 @@ def cost(
 
 @app.command
 def paper(*, json: Json = False) -> None:
-    """Show every printed cost of the paper's image models beside our count, and where the paper contradicts itself.
+    """Show every printed cost of the paper's models and modules beside our count, and where it contradicts itself.
 
     Example: `tokenlearner paper`
     """
@@ -356,14 +402,12 @@ def show_data(
     data: Path,
     *,
     output: Annotated[Path | None, Parameter(help="PNG file to draw the counts into.")] = None,
-    frame_fps: Annotated[
-        float | None, Parameter(help="Folders of pictures are videos of so many frames a second.")
-    ] = None,
+    listed: Listed = VideoOptions(),  # noqa: B008
     json: Json = False,
 ) -> None:
     """Count what a set of pictures or videos holds: classes, clips, hours, sizes, rates and damaged files.
 
-    DATA is what `train` takes, or folders of videos, or a CSV that lists them. Every picture is decoded, of every
+    DATA is what `train` takes, or a folder of pictures or videos without classes. Every picture is decoded, of every
     video the first frame. Example: `tokenlearner data videos --output videos.png`
     """
     from rich.console import Console
@@ -375,7 +419,7 @@ def show_data(
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("files", total=None)
         document = statistics(
-            data, frame_fps=frame_fps, progress=lambda done, total: bar.update(task, completed=done, total=total)
+            data, listing=listing_of(listed), progress=lambda done, total: bar.update(task, completed=done, total=total)
         )
     if output is not None:
         from tokenlearner.inspection.statistics import draw_statistics
@@ -395,9 +439,7 @@ def show_data(
     show(document, json, table)
 
 
-def open_model(
-    name: str, tokens: int | None, at: int | float, kind: Kind, fuser: Fuser | None, extra_layers: int
-) -> Any:
+def open_model(name: str, tokens: int | None, learned: dict[str, Any]) -> Any:
     """A saved folder, or a timm name built with new weights (cost reads none of them)."""
     if Path(name).is_dir():
         from tokenlearner.insertion.saving import load
@@ -409,9 +451,12 @@ def open_model(
 
     if os.sep in name:
         raise InputError(f"there is no folder {name}; give a saved model's folder or a name of timm's")
-    if tokens is None and (fuser or extra_layers):
-        raise InputError("--fuser and --extra-layers go with --tokens, which says that there is a TokenLearner")
-    recipe = CommandLineRecipe(model=name, tokens=tokens or 0, at=at, kind=kind, fuser=fuser, extra_layers=extra_layers)
+    given = [key for key in ("fuser", "extra_layers", "window") if learned[key]]
+    if tokens is None and (given or learned["over"] != "slice"):
+        raise InputError(
+            "--fuser, --extra-layers, --over and --window go with --tokens, which says that there is a TokenLearner"
+        )
+    recipe = CommandLineRecipe(model=name, tokens=tokens or 0, **learned)
     return build_model(plain_recipe(recipe), num_classes=None, on="meta")
 
 
@@ -419,7 +464,13 @@ def own_input_size(model: Any) -> tuple[int, ...]:
     from tokenlearner.insertion.saving import Preprocessing
 
     preprocessing = Preprocessing.of(model)
-    return preprocessing.input_size if preprocessing else (3, 224, 224)
+    return preprocessing.model_input if preprocessing else (3, 224, 224)
+
+
+def listing_of(options: VideoOptions) -> Any:
+    from tokenlearner.data.clip_sources import Listing
+
+    return Listing(**vars(options))
 
 
 def show(document: Any, as_json: bool, table: Callable[[], None]) -> None:
@@ -468,8 +519,8 @@ def warn_damaged(damaged: dict[str, Any] | None, most: int = 10) -> None:
         print(f"  … and {damaged['count'] - most} more", file=sys.stderr)
 
 
-def warn_missing(missing: dict[str, Any], most: int = 10) -> None:
-    if not missing["count"]:
+def warn_missing(missing: dict[str, Any] | None, most: int = 10) -> None:
+    if not missing or not missing["count"]:
         return
     print(
         f"{missing['count']} listed {'file is' if missing['count'] == 1 else 'files are'} not there:", file=sys.stderr

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import shutil
 import statistics
 import sys
@@ -30,12 +29,11 @@ import safetensors
 import safetensors.torch
 import torch
 from matplotlib.figure import Figure
-from scipy.stats import t as student
 from torch import nn
 
 from photos import DATASETS, Augmentation, Batches, Images, load
 from recipes import MODELS, Settings
-from records import REPOSITORY, read_rows, read_settings
+from records import REPOSITORY, RULE, compare, read_rows, read_settings
 
 HERE = Path(__file__).parent
 WEIGHTS = REPOSITORY / "src/tokenlearner/models/weights"
@@ -47,10 +45,6 @@ COLOURS = {  # Okabe and Ito's, told apart with any colour vision
     "tl8-three-quarters": "#D55E00",
     "tl8-half-fuser": "#009E73",
 }
-RULE = (
-    "better or worse: the means differ by more than the 95 % margin (Student's t, n1 + n2 - 2 degrees of freedom, "
-    "times the pooled standard error); undecided: they do not"
-)
 
 
 def summarise(rows: list[dict[str, str]]) -> dict[str, Any]:
@@ -79,24 +73,6 @@ def summarise(rows: list[dict[str, str]]) -> dict[str, Any]:
         if name != "plain" and "plain" in models:
             model["against_plain"] = compare(model["top1"], models["plain"]["top1"])
     return models
-
-
-def compare(scores: list[float], plain: list[float]) -> dict[str, Any]:
-    """The difference of the means, its 95 % margin and the verdict; no verdict without two runs of each."""
-    difference, n1, n2 = statistics.mean(scores) - statistics.mean(plain), len(scores), len(plain)
-    if min(n1, n2) < 2:
-        return {"difference": round(difference, 2), "pooled_standard_error": None, "margin": None, "verdict": None}
-    freedom = n1 + n2 - 2
-    pooled = ((n1 - 1) * statistics.variance(scores) + (n2 - 1) * statistics.variance(plain)) / freedom
-    error = math.sqrt(pooled * (1 / n1 + 1 / n2))
-    margin = float(student.ppf(0.975, freedom)) * error
-    verdict = "better" if difference > margin else "worse" if difference < -margin else "undecided"
-    return {
-        "difference": round(difference, 2),
-        "pooled_standard_error": round(error, 2),
-        "margin": round(margin, 2),
-        "verdict": verdict,
-    }
 
 
 def table(models: dict[str, Any]) -> str:

@@ -7,8 +7,7 @@ import pytest
 import torch
 from naive import randomized, relative_error
 
-from tokenlearner.core import TokenLearner
-from tokenlearner.core.spacetime import NeighbourTokenLearner, WindowTokenLearner
+from tokenlearner.core import NeighbourTokenLearner, TokenLearner, WindowTokenLearner
 
 GRID, T, D, S = (2, 3), 4, 5, 3
 KINDS = [("mlp", "softmax"), ("conv", "sum"), ("conv", "mean"), ("conv1", "mean"), ("gate", "sum")]

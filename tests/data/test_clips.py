@@ -1,5 +1,6 @@
 """Clips as training and evaluation take them: windows, views, what is done to pixels, labels, workers, damage."""
 
+import random
 from itertools import pairwise
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from making_videos import HEIGHT, STEP, WIDTH, write_video
+from PIL import Image
 from torch.utils.data import DataLoader
 
 from tokenlearner.data.clips import (
@@ -14,6 +16,7 @@ from tokenlearner.data.clips import (
     ClipTransform,
     ClipView,
     Event,
+    EveryFrame,
     LabelledClips,
     random_start,
     uniform_starts,
@@ -22,6 +25,9 @@ from tokenlearner.data.clips import (
 from tokenlearner.data.images import Damaged, collate
 from tokenlearner.data.videos import DamagedVideo, FrameFolder
 from tokenlearner.errors import InputError
+from tokenlearner.insertion.saving import Preprocessing
+from tokenlearner.training.material import training_transform
+from tokenlearner.training.recipe import AugmentRecipe
 
 PLAIN = ClipTransform(size=16, short_side=HEIGHT, flip=0.0, mean=(0, 0, 0), std=(1, 1, 1))
 
@@ -305,3 +311,57 @@ def test_a_transform_that_fails_is_not_a_damaged_file(video):
 
     with pytest.raises(ValueError, match="in the transform"):
         ClipFiles(of(video), Broken(size=16, short_side=WIDTH), frames=1, fps=1.0)[0]
+
+
+# ---- transforms of pictures
+
+
+def test_a_random_transform_of_pictures_is_alike_for_every_frame():
+    """Everything timm draws at random, from any of the three generators."""
+    preprocessing = Preprocessing((3, 24, 24))
+    augment = AugmentRecipe("rand-m9-n2-mstd0.5", scale=(0.2, 1.0), color_jitter=0.4, erasing=1.0)
+    transform = EveryFrame(training_transform(preprocessing, augment))
+    noise = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (1, 40, 50, 3), np.uint8))
+    clip = noise.expand(3, -1, -1, -1).contiguous()
+    first, second = transform(clip), transform(clip)
+    assert first.shape == (3, 3, 24, 24)
+    for frames in (first, second):
+        assert torch.equal(frames[:, 0], frames[:, 1])
+        assert torch.equal(frames[:, 0], frames[:, 2])
+    assert not torch.equal(first, second)
+
+
+def test_the_generators_go_on_as_if_nothing_had_been_drawn_but_a_seed():
+    def after(frames: int) -> tuple[float, float, float]:
+        random.seed(1)
+        np.random.seed(1)
+        torch.manual_seed(1)
+        EveryFrame(draws)(torch.zeros(frames, 2, 2, 3, dtype=torch.uint8))
+        return random.random(), np.random.random(), torch.rand(()).item()
+
+    def draws(picture):
+        return torch.tensor([random.random(), np.random.random()]) + torch.rand(2)
+
+    assert after(1) == after(5)
+
+
+def test_a_training_clip_is_what_augment_makes_of_its_window(video):
+    seen = []
+
+    def augment(clip: torch.Tensor) -> torch.Tensor:
+        seen.append(clip)
+        return torch.full((1,), 7.0)
+
+    clips = of(video, labels=(2,))
+    sample = ClipFiles(clips, PLAIN, frames=4, fps=30, augment=augment)[0]
+    assert (sample[0].tolist(), sample[1:]) == ([7.0], (2, 0))
+    assert (seen[0].shape, seen[0].dtype) == ((4, HEIGHT, WIDTH, 3), torch.uint8)
+    assert ClipFiles(clips, PLAIN, frames=4, fps=30, views=(1, 1), augment=augment)[0][0].shape == (1, 3, 4, 16, 16)
+
+
+def test_grey_frames_are_as_pillow_makes_them():
+    clip = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8))
+    grey = ClipTransform(16, 16, mean=(0.0,), std=(1.0,))(clip) * 255
+    expected = np.stack([np.asarray(Image.fromarray(frame.numpy()).convert("L")) for frame in clip])
+    assert grey.shape == (1, 2, 16, 16)
+    assert (grey[0] - torch.from_numpy(expected)).abs().max() < 1.01  # Pillow rounds to whole levels

@@ -9,6 +9,7 @@ from making_videos import write_video
 from PIL import Image
 
 from tokenlearner.cli import main
+from tokenlearner.data.clip_sources import Listing
 from tokenlearner.data.sharding import write_shards
 from tokenlearner.data.statistics import NO_CLASS, statistics, table_rows
 from tokenlearner.errors import InputError
@@ -93,7 +94,7 @@ def test_a_list_of_clips(videos):
 def test_folders_of_pictures_as_videos(tmp_path):
     for i in range(6):
         draw(tmp_path / "a" / "v_1" / f"{i}.png", 20, 10)
-    assert statistics(tmp_path, frame_fps=12.0)["seconds"]["max"] == 0.5
+    assert statistics(tmp_path, listing=Listing(frame_fps=12.0))["seconds"]["max"] == 0.5
 
 
 def test_pictures(tmp_path):

@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 from torch.testing import assert_close
 
 from insertion.hosts import (
@@ -19,9 +20,10 @@ from insertion.hosts import (
     tiny,
 )
 from tokenlearner import attention_maps, insert, insertion_of, learners, remove
-from tokenlearner.core import KINDS
+from tokenlearner.core import KINDS, NeighbourTokenLearner, TokenLearner, WindowTokenLearner
 from tokenlearner.insertion import inserted_parameters
 from tokenlearner.insertion.spec import resolve_at
+from tokenlearner.models.x2plus1d import X2Plus1D
 
 HOSTS = {
     "cls": {},
@@ -222,3 +224,59 @@ def test_attention_maps_refuse_what_has_none():
         attention_maps(tiny(), images())
     with pytest.raises(ValueError, match="kind 'average' has no attention maps"):
         attention_maps(insert(tiny(), kind="average"), images())
+
+
+class OwnLearners(nn.Module):
+    """A network with learners of its own: one on whole maps, one on the frames of a clip, one that never runs."""
+
+    def __init__(self, kind="mlp"):
+        super().__init__()
+        self.idle = TokenLearner(8, 2)
+        self.frames = TokenLearner(8, 3, kind)
+        self.maps = TokenLearner(8, 4, dropout=0.5)
+
+    def forward(self, x):  # (b, d, t, h, w)
+        X = x.movedim(1, -1)
+        tokens = self.maps(X.mean(dim=1))
+        return tokens.mean(), self.frames(X.flatten(0, 1).flatten(1, 2), grid=tuple(X.shape[2:4]))
+
+
+def test_learners_a_model_was_built_with_are_looked_at():
+    model, x = OwnLearners().train(), torch.randn(2, 8, 5, 2, 3)
+    assert learners(model) == {0: model.idle, 1: model.frames, 2: model.maps}
+    found = attention_maps(model, x)
+    assert list(found) == [1, 2]
+    X = x.movedim(1, -1)
+    assert_close(found[1], torch.stack([model.frames.maps(X[:, t]) for t in range(5)], dim=1).detach())
+    assert_close(found[2], model.maps.eval().maps(X.mean(dim=1)).detach())
+    assert model.training
+    assert hooks_of(model) == {}
+    assert attention_maps(model, x[:, :, :1])[1].shape == (2, 3, 2, 3)  # one frame each is no clip
+
+
+def test_maps_of_own_learners_over_time_are_laid_out_by_slice():
+    x = torch.randn(2, 4, 2, 3, 8)
+    for cls in (NeighbourTokenLearner, WindowTokenLearner):
+        learner = cls(8, 3)
+        (maps,) = attention_maps(nn.Sequential(learner), x).values()
+        whole = learner.maps(x).detach()
+        assert_close(maps, whole if cls is NeighbourTokenLearner else whole.movedim(3, 2).flatten(1, 2))
+
+
+def test_maps_of_a_video_model_with_token_transformers():
+    size = {"widths": (8, 8, 8, 8), "depths": (1, 1, 1, 3), "expansion": 2.0, "head_width": 16}
+    model = X2Plus1D("TokenLearner", 5, num_frames=4, swapped=2, num_tokens=3, num_weights=4, **size).eval()
+    seen = []
+    own = learners(model)
+    own[1].register_forward_hook(lambda module, args, output: seen.append(args[0]))
+    found = attention_maps(model, torch.randn(2, 3, 4, 64, 96))
+    assert list(found) == list(own) == [0, 1]
+    assert found[0].shape == found[1].shape == (2, 4, 3, 2, 3)
+    assert torch.equal(found[1].flatten(0, 1), own[1].maps(seen[0]).detach())
+
+
+def test_own_learners_without_maps_are_refused_and_no_hook_stays():
+    model = OwnLearners("average")
+    with pytest.raises(ValueError, match="kind 'average' has no attention maps"):
+        attention_maps(model, torch.randn(2, 8, 5, 2, 3))
+    assert hooks_of(model) == {}

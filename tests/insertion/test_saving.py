@@ -24,7 +24,9 @@ import tokenlearner
 from insertion.hosts import FUSERS, images, inserted, shake
 from insertion.hosts import tiny as of_four_layers
 from tokenlearner import InputError, Preprocessing, insert, insertion_of, learners, load, remove, save
+from tokenlearner.core import KINDS
 from tokenlearner.insertion.hosting import build_host, differences
+from tokenlearner.models import MODULES, FrameAverageViT, X2Plus1D
 
 CREATED = {
     "vit, overrides": ("vit_tiny_patch16_224", {"num_classes": 7, "img_size": (32, 48), "drop_path_rate": 0.1}),
@@ -111,7 +113,9 @@ def assert_same(loaded: nn.Module, model: nn.Module) -> None:
         assert theirs[key].dtype == value.dtype
         assert torch.equal(theirs[key], value), key
     dtype = next(loaded.parameters()).dtype
-    x = torch.randn(2, model.in_chans, *model.patch_embed.img_size).to(dtype)
+    frames = (getattr(model, "num_frames", 3),) if hasattr(model, "takes_clips") else ()
+    size = model.img_size if isinstance(model, X2Plus1D) else model.patch_embed.img_size
+    x = torch.randn(2, model.in_chans, *frames, *size).to(dtype)
     assert torch.equal(loaded(x), model.eval()(x))
 
 
@@ -241,6 +245,103 @@ def test_notes_made_on_a_model_are_no_reason_to_refuse_it(tmp_path):
     assert not hasattr(load(tmp_path), "best_epoch")
 
 
+BACKBONE = {"widths": (4, 8), "depths": (1, 3), "head_width": 12, "num_classes": 5, "num_frames": 4, "img_size": 24}
+TOKENS = {"num_tokens": 3, "num_weights": 2}
+
+
+def backbone(module: str = "TokenLearner", **options: object) -> nn.Module:
+    """An X(2+1)D of clips of 4×24×24, every number of it random, BatchNorm's statistics included."""
+    own = {"key_dim": 4, "num_heads": 2, **(TOKENS if "TokenLearner" in module else {})}
+    model = X2Plus1D(module, **{**BACKBONE, "swapped": 2, **own, **options})
+    shake(*model.parameters())
+    for name, buffer in model.named_buffers():
+        buffer.add_(7 if name.endswith("tracked") else torch.rand_like(buffer))
+    return model
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_backbones_of_clips(tmp_path, module):
+    assert_round_trip(backbone(module), tmp_path)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_backbones_with_each_kind_of_tokens(tmp_path, kind):
+    assert_round_trip(backbone(kind=kind, grid=(3, 3) if kind == "dense" else None), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"in_chans": 1, "img_size": (16, 24), "num_frames": 6},
+        {"swapped": 0},
+        {"drop_rate": 0.1, "drop_path_rate": 0.3},
+        {"expansion": 1.5, "depths": (2, 2), "swapped": 1},
+        {"attention": "mhsa"},
+        {"num_classes": 0},
+    ],
+)
+def test_backbones_of_other_shapes(tmp_path, options):
+    assert_round_trip(backbone(**options), tmp_path)
+
+
+@pytest.mark.parametrize("change", [new_classes, frozen, training, checkpointing])
+def test_backbones_changed_since(tmp_path, change):
+    loaded = assert_round_trip(change(backbone()), tmp_path)
+    assert not loaded.grad_checkpointing
+    assert_round_trip(loaded, tmp_path)
+
+
+def test_a_backbone_timm_created_needs_no_name(tmp_path):
+    model = timm.create_model("x2plus1d_micro_tokenlearner", num_classes=5, num_frames=4, img_size=32, kind="mlp")
+    loaded = assert_round_trip(model, tmp_path)
+    assert "x2plus1d_micro" not in (tmp_path / "config.json").read_text()
+    assert loaded.preprocessing.input_size == (3, 32, 32)
+
+
+@pytest.mark.parametrize(
+    ("path", "value", "message"),
+    [
+        (("host", "arguments", "module"), "Conv2D + Conv1D", "has no TokenLearner to take num_"),
+        (("host", "arguments", "module"), "X3D", "can't build the host X2Plus1D: no module 'X3D'"),
+        (("host", "arguments", "widths"), [4, 16], r"final.0.0.weight is \(18, 8, 1, 1, 1\), not \(36, 16, 1, 1, 1\)"),
+        (("host", "arguments", "rank"), 3, r"can't build the host X2Plus1D: .*'rank'"),
+        (("host", "arguments", "num_frames"), 8, r"is \(12, 12\), not \(24, 24\)"),
+        # None of these moves a weight or its shape.
+        (("host", "arguments", "img_size"), [32, 32], r"the host was saved with img_size \[24, 24\], not \[32, 32\]$"),
+        (("host", "arguments", "drop_rate"), 0.1, "the host was saved with drop_rate 0.5, not 0.1$"),
+        (("insertion",), {"num_tokens": 8, "at": 1, "host_depth": 2}, "a host of 2 layers, but this one has 0"),
+    ],
+)
+def test_an_edited_config_of_a_backbone_is_refused(tmp_path, path, value, message):
+    edited(save(backbone(), tmp_path), *path, value=value)
+    with pytest.raises(InputError, match=message):
+        load(tmp_path)
+
+
+class OwnBackbone(X2Plus1D):
+    """Nothing in a config could build it."""
+
+
+def test_a_backbone_changed_by_hand_is_not_saved(tmp_path):
+    model = backbone()
+    model.stages[1][2].middle[0][0].learner.pool = "softmax"
+    with pytest.raises(InputError, match=r"can't describe this X2Plus1D .*learner\.pool is 'softmax' in one"):
+        save(model, tmp_path / "model")
+    model = backbone()
+    model.head = nn.Linear(12, 9)
+    with pytest.raises(InputError, match=r"can't describe this X2Plus1D .*head\.out_features is 9 in one and 5"):
+        save(model, tmp_path / "model")
+    with pytest.raises(InputError, match=r"and OwnBackbone is none$"):
+        save(OwnBackbone(**BACKBONE, swapped=0), tmp_path / "model")
+    assert not (tmp_path / "model").exists()
+
+
+def test_the_baseline_without_time(tmp_path):
+    model = tiny(FrameAverageViT, fc_norm=False, global_pool="avg")
+    assert_round_trip(model, tmp_path)
+    assert_round_trip(insert(model, 3, 1), tmp_path)
+
+
 PREPARATION = Preprocessing((3, 32, 32), (0.1, 0.2, 0.3), (0.5, 0.6, 0.7), "bilinear", 0.95, "squash")
 LABELS = ["hen", "owl", "jay", "tit", "été"]
 
@@ -302,6 +403,8 @@ def test_the_config_is_readable_and_complete(tmp_path):
         "hidden_dim": 64,
         "dropout": 0.0,
         "mix": "slice",
+        "over": "slice",
+        "window": None,
     }
     assert config["preprocessing"] == {
         "input_size": [3, 32, 32],
@@ -310,6 +413,8 @@ def test_the_config_is_readable_and_complete(tmp_path):
         "interpolation": "bilinear",
         "crop_pct": 0.95,
         "crop_mode": "squash",
+        "frames": None,
+        "fps": None,
     }
     assert config["labels"] == LABELS
 

@@ -209,7 +209,11 @@ def test_models_that_are_no_vits():
     assert 1.81e9 < counted.macs < 1.82e9  # as fvcore counts it
     assert counted.parameters == 11_689_512
     assert counted.tokens == ()
-    assert [part.name for part in counted.layers] == ["conv1", "bn1", *(f"layer{i}" for i in range(1, 5)), "fc"]
+    assert [part.name for part in counted.layers] == [
+        *("conv1", "bn1"),
+        *(f"layer{stage}.{block}" for stage in range(1, 5) for block in range(2)),
+        "fc",
+    ]
     assert_parts_add_up(counted)
     assert cost(nn.Linear(5, 7), (5,)).macs == 35
     assert cost(TokenLearner(32, 4), (6, 9, 32)).macs == learner("mlp", 54, 4, 32)

@@ -28,6 +28,11 @@ def test_it_is_the_mean_of_what_the_image_model_makes_of_the_frames(model):
     assert torch.allclose(model(clip), image.head(mean), atol=1e-6)
 
 
+def test_it_says_that_it_takes_clips(model):
+    assert model.takes_clips
+    assert not hasattr(VisionTransformer(**SHAPE), "takes_clips")
+
+
 def test_the_order_of_the_frames_makes_no_difference(model):
     clip = torch.randn(2, 3, 6, 8, 8)
     assert torch.allclose(model(clip), model(clip[:, :, torch.randperm(6)]), atol=1e-6)

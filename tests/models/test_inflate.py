@@ -137,7 +137,7 @@ def test_a_grid_that_is_not_square_is_never_guessed():
         (image_vit, image_vit, {}, "inflate takes a ViViT, and VisionTransformer is none"),
         (tiny_vivit, tiny_vivit, {}, "not an image ViT's weights"),
         (tiny_vivit, lambda: image_vit(depth=3), {}, "they lack blocks.3"),
-        (tiny_vivit, lambda: image_vit(patch_size=4), {"grid": (4, 8)}, r"proj.weight is \(32, 3, 2, 4, 4\) there and"),
+        (tiny_vivit, lambda: image_vit(in_chans=1), {}, r"proj.weight is \(32, 1, 2, 8, 8\) there and"),
         (tiny_vivit, lambda: image_vit(embed_dim=16), {}, "don't fit"),
         (tiny_vivit, image_vit, {"grid": (2, 2)}, r"8 entries, and grid=\(2, 2\) is not their \(h, w\)"),
         (tiny_vivit, lambda: image_vit((32, 80)), {}, r"40 entries, which make no square: give grid=\(h, w\)"),

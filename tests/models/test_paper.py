@@ -8,7 +8,7 @@ import pytest
 import timm
 import torch
 
-from tokenlearner.models import PRESETS, VIDEO_PRESETS, paper_rows
+from tokenlearner.models import PRESETS, VIDEO_PRESETS, module_rows, paper_rows
 
 TABLES = Path(__file__).parents[3] / "shared/paper_tables.json"
 
@@ -26,8 +26,19 @@ OFF = {
 
 
 @pytest.fixture(scope="module")
-def rows():
+def all_rows():
     return paper_rows()
+
+
+@pytest.fixture(scope="module")
+def rows(all_rows):
+    """Those of models in timm; the modules' own counts are tested in test_bottleneck.py."""
+    return [row for row in all_rows if row["model"].startswith("tokenlearner_")]
+
+
+def test_the_modules_rows_come_last(all_rows, rows):
+    assert all_rows == rows + module_rows()
+    assert [row.keys() for row in all_rows] == [rows[0].keys()] * len(all_rows)
 
 
 def test_rows_fit_or_say_why_not(rows):
@@ -42,33 +53,35 @@ def test_rows_fit_or_say_why_not(rows):
     assert json.loads(json.dumps(rows)) == rows
 
 
-def test_every_row_of_the_paper_is_there_as_printed(rows):
+def test_every_row_of_the_paper_is_there_as_printed(all_rows):
     if not TABLES.is_file():
         pytest.skip("the paper's tables are not beside this checkout")
     tables = json.loads(TABLES.read_text())
+    units = {"gmacs": "GMACs", "gmacs_per_view": "GMACs", "gflops": "GFLOPs", "params_m": "M parameters"}
     printed, fits = {}, {}
     for table in tables:
-        if not re.match("table[1-8]_", table):
+        if not re.match("table([1-8]|1[0-2])_", table):  # table 9 prints no cost
             continue
         for row in tables[table]:
             views = f", {row['views']} views" if table == "table7_kinetics400_total" else ""
-            name = row["name"] + views
-            printed[table, name] = row.get("gmacs", row.get("gmacs_per_view", row.get("params_m")))
+            for key in units.keys() & row.keys():
+                printed[table, row["name"] + views, units[key]] = row[key]
             if "fits" in row:
-                fits[table, name] = row["fits"]
+                fits[table, row["name"] + views] = row["fits"]
     table = "figure_unpool_reproject_B16_384"
     for way, values in tables[table].items():
-        printed.update({(table, f"{tokens} {way}"): value for tokens, (value, _) in zip((8, 16), values)})
+        printed.update({(table, f"{tokens} {way}", "GMACs"): value for tokens, (value, _) in zip((8, 16), values)})
     table = "figure_location_B16_224_imagenet_5shot"
     for tokens in (8, 16):
         for place, value in zip(tables[table]["loc"], tables[table][f"gmacs_{tokens}"]):
-            printed[table, "base" if place == "base" else f"{tokens}-TL at {place}"] = value
+            printed[table, "base" if place == "base" else f"{tokens}-TL at {place}", "GMACs"] = value
     table = "figure_fewshot_JFT_224"
     for name, (value, _) in tables[table]["gmacs_and_imagenet_5shot"].items():
-        printed[table, name] = value
+        printed[table, name, "GMACs"] = value
 
-    assert {(row["table"], row["name"]): row["printed"] for row in rows} == printed
-    assert {key: row["fits"] for row in rows if (key := (row["table"], row["name"])) in fits} == fits
+    assert {(row["table"], row["name"], row["unit"]): row["printed"] for row in all_rows} == printed
+    ours = {(row["table"], row["name"]): row["fits"] for row in all_rows}
+    assert {key: ours[key] for key in fits} == fits
 
 
 def test_counts_are_those_of_the_formulas(rows):

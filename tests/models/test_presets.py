@@ -12,6 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 import tokenlearner
 from tokenlearner.models import PRESETS, VIDEO_PRESETS, Preset, presets, vit
+from tokenlearner.models.creating import default_cfgs_of
 
 NAME = re.compile(
     r"tokenlearner_(?P<size>[sblh]|micro)(?P<patch>\d+)_(?P<resolution>\d+)"
@@ -227,7 +228,7 @@ def test_the_hosts_weights_are_not_taken_for_the_models():
 @contextlib.contextmanager
 def registered(name, preset, weights):
     """Adds a preset as ``presets.py`` would, and takes it away again."""
-    vit.default_cfgs.update({k: v for k, v in vit.default_cfgs_of({name: preset}, weights).items() if k == name})
+    vit.default_cfgs.update(default_cfgs_of({name: vit.preset_cfg(preset)}, weights))
     registry.register_model(vit.preset_entry(preset))
     try:
         yield

@@ -3,16 +3,20 @@
 import copy
 
 import pytest
+import timm
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.export import Dim, export
+from torch.testing import assert_close
 from torch.utils.flop_counter import FlopCounterMode
 
 from core.naive import randomized
 from tokenlearner.errors import InputError
 from tokenlearner.inspection.cost import cost
 from tokenlearner.models.x2plus1d import X2Plus1D
+from tokenlearner.training.optim import build_optimizer, param_groups
+from tokenlearner.training.recipe import OptimizerRecipe
 
 SMALL = {"widths": (4, 8), "depths": (1, 3), "head_width": 12, "num_classes": 5, "num_frames": 4}
 TOKENS = {"key_dim": 4, "num_weights": 2, "num_tokens": 3}
@@ -166,6 +170,74 @@ def test_other_frames_and_channels():
     assert counter.get_total_flops() == 2 * none_swapped
 
 
+def drop_rates(model):
+    """Of each block, in order; None where nothing is dropped."""
+    return [getattr(block.drop_path, "drop_prob", None) for stage in model.stages for block in stage]
+
+
+def test_drop_path_grows_over_the_blocks():
+    model, x = randomized(small("Conv2D + TokenLearner", drop_path_rate=0.3, **TOKENS)), clips()
+    assert drop_rates(model) == [None, *(pytest.approx(rate) for rate in (0.1, 0.2, 0.3))]
+    plain = small("Conv2D + TokenLearner", **TOKENS)
+    plain.load_state_dict(model.state_dict())  # whose names are the same
+    assert drop_rates(plain) == [None] * 4
+    assert torch.equal(plain.eval()(x), model.eval()(x))
+
+
+def test_a_dropped_block_is_its_shortcut():
+    block = randomized(small(drop_path_rate=0.5).stages[1][2]).train()
+    x = torch.rand(64, 8, 2, 4, 4)
+    dropped = (block(x) == x).flatten(1).all(dim=1)
+    assert 0.2 < dropped.float().mean() < 0.8
+
+
+@pytest.mark.parametrize("options", [{}, {"module": "Conv2D + TokenLearner", "kind": "gate", **TOKENS}])
+def test_checkpointing_changes_neither_results_nor_gradients_nor_statistics(options):
+    plain, x, found = randomized(small(drop_rate=0.0, drop_path_rate=0.3, **options)).train(), clips(batch=4), []
+    checkpointed, runs = copy.deepcopy(plain), []
+    checkpointed.set_grad_checkpointing()
+    for block in [*checkpointed.stages[0], *checkpointed.stages[1]]:
+        block.middle.register_forward_hook(lambda *_: runs.append(1))
+    for model in (plain, checkpointed):
+        torch.manual_seed(1)
+        out = model(x)
+        out.square().mean().backward()
+        gradients = {name: p.grad for name, p in model.named_parameters()}
+        found.append((out, gradients, dict(model.named_buffers())))
+    assert len(runs) == 2 * 4  # or nothing was run again
+    assert_close(found[1], found[0])
+    assert checkpointed.stages[1][2].project[1].num_batches_tracked == 1
+    checkpointed.set_grad_checkpointing(False)
+    assert not checkpointed.grad_checkpointing
+
+
+def test_learning_rates_fall_block_by_block_away_from_the_classifier():
+    model = small("Conv2D + TokenLearner", **TOKENS)
+    scales = {
+        name: (group["lr_scale"], group["weight_decay"])
+        for group in param_groups(model, weight_decay=0.1, layer_decay=0.5)
+        for name in group["param_names"]
+    }
+    assert scales.keys() == dict(model.named_parameters()).keys()
+    order = ["stem", "stages.0.0", "stages.1.0", "stages.1.1", "stages.1.2", "final", "head"]
+    for name, (scale, decay) in scales.items():
+        (place,) = [i for i, part in enumerate(reversed(order)) if name.startswith(f"{part}.")]
+        assert scale == 0.5**place, name
+        assert decay == (0.0 if model.get_parameter(name).ndim == 1 else 0.1), name
+    assert build_optimizer(model, OptimizerRecipe(layer_decay=0.5)).param_groups
+
+
+def test_coarse_groups_are_stages():
+    groups = timm.models.group_parameters(small(), small().group_matcher(coarse=True), reverse=True)
+    assert {name.split(".")[0] + name.split(".")[1] * name.startswith("stages"): i for name, i in groups.items()} == {
+        "stem": 0,
+        "stages0": 1,
+        "stages1": 2,
+        "final": 3,
+        "head": 4,
+    }
+
+
 def test_errors_say_what_is_wrong():
     with pytest.raises(InputError, match="no module 'X3D'; there are 'Joint"):
         X2Plus1D("X3D")
@@ -173,5 +245,7 @@ def test_errors_say_what_is_wrong():
         small(swapped=3)
     with pytest.raises(InputError, match="has no TokenLearner to take kind"):
         small(kind="mlp")
+    with pytest.raises(InputError, match=r"one of each for a stage, and not \(4, 8\) and \(1, 3, 3\)"):
+        small(depths=(1, 3, 3))
     with pytest.raises(InputError, match="pools by 'avg', not 'max'"):
         small().reset_classifier(5, "max")

@@ -7,12 +7,15 @@ several, spread evenly, and of each several crops along the longer side (the pap
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+import random
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
 
+import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import Dataset
@@ -126,7 +129,8 @@ class ClipTransform:
     """Frames resized to a short side, cropped to ``size`` × ``size``, flipped and normalised; a whole clip alike.
 
     Training draws the short side from ``short_side`` to ``largest_short_side``, where that is given, and flips with
-    probability ``flip``: 0 where left and right are classes. ``mean`` and ``std`` are for pixels from 0 to 1.
+    probability ``flip``: 0 where left and right are classes. ``mean`` and ``std`` are for pixels from 0 to 1; a single
+    mean makes frames grey, with one channel.
     """
 
     size: int = 224
@@ -155,7 +159,7 @@ class ClipTransform:
         return ClipView(self.short_side, along, 0.5, False)
 
     def __call__(self, clip: Tensor, view: ClipView | None = None) -> Tensor:
-        """(t, h, w, 3) uint8 → (3, t, size, size) float32; ``view`` is the centre's when not given."""
+        """(t, h, w, 3) uint8 → (c, t, size, size) float32; ``view`` is the centre's when not given."""
         side, along, across, flip = view or self.view()
         if min(clip.shape[1:3]) != side:
             clip = _resized(clip, side)
@@ -166,7 +170,38 @@ class ClipTransform:
         if flip:
             clip = clip.flip(2)
         mean, std = (torch.tensor(values).reshape(-1, 1, 1, 1) for values in (self.mean, self.std))
-        return clip.permute(3, 0, 1, 2).float().div_(255).sub_(mean).div_(std).contiguous()
+        pixels = clip.permute(3, 0, 1, 2).float().div_(255)
+        if len(self.mean) == 1:
+            pixels = (pixels * torch.tensor(LUMA).reshape(-1, 1, 1, 1)).sum(dim=0, keepdim=True)
+        return pixels.sub_(mean).div_(std).contiguous()
+
+
+LUMA = (0.299, 0.587, 0.114)  # ITU-R BT.601, as Pillow has it
+
+
+class EveryFrame:
+    """A transform of pictures, such as timm's for training, done alike to every frame of a clip.
+
+    Random transforms draw from the generators of Python, NumPy and torch, so these are set to the same seed before
+    every frame, and back afterwards; the seed itself comes from torch's. (t, h, w, 3) uint8 → (c, t, height, width).
+    """
+
+    def __init__(self, transform: Callable[[Image.Image], Tensor]) -> None:
+        self.transform = transform
+
+    def __call__(self, clip: Tensor) -> Tensor:
+        seed = int(torch.randint(2**31, ()))
+        python, numpy = random.getstate(), np.random.get_state()
+        frames = []
+        with torch.random.fork_rng(devices=()):
+            for frame in clip.numpy():
+                random.seed(seed)
+                np.random.seed(seed)
+                torch.manual_seed(seed)
+                frames.append(self.transform(Image.fromarray(frame)))
+        random.setstate(python)
+        np.random.set_state(numpy)
+        return torch.stack(frames, dim=1)
 
 
 def _resized(clip: Tensor, side: int) -> Tensor:
@@ -184,9 +219,11 @@ def _resized(clip: Tensor, side: int) -> Tensor:
 class ClipFiles(Dataset[Sample | Damaged]):
     """``clips`` read one at a time: (frames, label, index), or ``Damaged`` in place of a clip that can't be read.
 
-    Without ``views`` the frames are a random window under a random view of ``transform``: (3, t, size, size). With
-    ``views=(temporal, spatial)`` they are so many windows, evenly spread, each cropped at so many places evenly spread
-    along the longer side: (temporal · spatial, 3, t, size, size), the crops of a window side by side.
+    Without ``views`` the frames are a random window under a random view of ``transform``: (c, t, size, size). With
+    ``augment`` too, which takes that window as it was decoded, (t, h, w, 3) in uint8 of the transform's short side,
+    they are what it returns. With ``views=(temporal, spatial)`` they are so many windows, evenly spread, each cropped
+    at so many places evenly spread along the longer side: (temporal · spatial, c, t, size, size), the crops of a window
+    side by side.
 
     A clip shorter than the window repeats its last frame; one that begins after its video's end is ``Damaged``. The
     label of a multi-label clip is a float vector with a 1 for each of its classes: all of the video's, or with
@@ -202,6 +239,7 @@ class ClipFiles(Dataset[Sample | Damaged]):
         frames: int,
         fps: float,
         views: tuple[int, int] | None = None,
+        augment: Callable[[Tensor], Tensor] | None = None,
         label_by: LabelBy = "video",
         on_error: OnError = "skip",
     ) -> None:
@@ -216,6 +254,7 @@ class ClipFiles(Dataset[Sample | Damaged]):
         self.frames = frames
         self.fps = fps
         self.views = views
+        self.augment = augment
         self.label_by = label_by
         self.on_error = on_error
 
@@ -238,6 +277,8 @@ class ClipFiles(Dataset[Sample | Damaged]):
             if self.on_error == "raise":
                 raise
             return Damaged(damaged.path, damaged.reason)
+        if self.augment is not None and self.views is None:
+            return self.augment(pixels), self._label(i, starts), i
         windows = pixels.split(self.frames)
         clip = torch.stack([self.transform(window, view) for window in windows for view in views])
         return clip if self.views else clip[0], self._label(i, starts), i

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from tokenlearner.data.annotations import read_clip_list
+from tokenlearner.data.clip_sources import Listing, find_clip_parts, holds_videos
 from tokenlearner.data.clips import LabelledClips, Span
 from tokenlearner.data.decode import DamagedImage
 from tokenlearner.data.images import (
@@ -41,18 +41,17 @@ class _Part(NamedTuple):
     missing: tuple[Path, ...] = ()
 
 
-def statistics(data: str | Path, *, frame_fps: float | None = None, progress: Progress | None = None) -> dict[str, Any]:
+def statistics(data: str | Path, *, listing: Listing | None = None, progress: Progress | None = None) -> dict[str, Any]:
     """The JSON document of ``tokenlearner data``: every picture is decoded, of every video the first frame.
 
-    DATA is what ``train`` takes; or, of videos, class folders, in ``train`` and ``val`` folders or not, or a CSV as
-    ``read_clip_list`` takes it; or a folder of pictures or videos without classes. With ``frame_fps`` folders of
-    pictures are videos of so many frames a second. ``InputError`` for none of these.
+    DATA is what ``train`` takes, or a folder of pictures or videos without classes; ``listing`` is what a list of
+    videos does not say itself. ``InputError`` for none of these.
     """
     data = Path(data)
     if not os.path.lexists(data):
         raise InputError(f"{data} does not exist: give a folder of pictures or videos, or a CSV that lists them")
-    videos = frame_fps is not None or _holds_videos(data)
-    parts = _video_parts(data, frame_fps) if videos else _image_parts(data)
+    videos = holds_videos(data, listing)
+    parts = _video_parts(data, listing or Listing()) if videos else _image_parts(data)
     found, damaged = _looked_at(parts, videos, progress)
     missing = [str(file) for part in parts for file in part.missing]
     counted = {part.name: _counted(part) for part in parts}
@@ -106,18 +105,6 @@ def _in_words(spread: dict[str, Any]) -> str:
 # ---- what there is
 
 
-def _holds_videos(data: Path) -> bool:
-    """Whether more of the files are videos than pictures; a GIF is a picture where there are others."""
-    if data.suffix.lower() == ".csv" and data.is_file():
-        text = data.read_text(encoding="utf-8-sig", errors="replace").lower()
-        return sum(text.count(s) for s in VIDEO_SUFFIXES) > sum(text.count(s) for s in IMAGE_SUFFIXES)
-    if not data.is_dir():
-        return data.suffix.lower() in VIDEO_SUFFIXES
-    suffixes = Counter(Path(name).suffix.lower() for _, _, names in os.walk(data) for name in names)
-    videos = sum(suffixes[suffix] for suffix in VIDEO_SUFFIXES - IMAGE_SUFFIXES)
-    return videos > sum(suffixes[suffix] for suffix in IMAGE_SUFFIXES - VIDEO_SUFFIXES)
-
-
 def _image_parts(data: Path) -> list[_Part]:
     flat = data.is_dir() and not any(entry.is_dir() for entry in data.iterdir())
     if flat and any(entry.suffix.lower() in IMAGE_SUFFIXES for entry in data.iterdir()):
@@ -131,12 +118,20 @@ def _of_images(name: str, images: LabelledImages) -> _Part:
     return _Part(name, images.files, images.labels, images.classes)
 
 
-def _video_parts(data: Path, frame_fps: float | None) -> list[_Part]:
-    if data.suffix.lower() == ".csv" and data.is_file():
-        clips: LabelledClips = read_clip_list(data)
-        return [_Part(data.name, clips.files, clips.labels, clips.classes, clips.spans, clips.missing)]
-    train, val = find_splits(data)
-    return [_video_folders(folder, frame_fps) for folder in (train, val) if folder is not None]
+def _video_parts(data: Path, listing: Listing) -> list[_Part]:
+    if not data.is_dir() and data.suffix.lower() in VIDEO_SUFFIXES:
+        return [_video_folders(data, listing.frame_fps)]
+    parts = find_clip_parts(data, listing)
+    if parts[0].format:
+        train = parts[0].read(None)
+        read = [train, *(part.read(train.classes) for part in parts[1:] if part is not None)]
+        return [_of_clips(part.name, clips) for part, clips in zip([p for p in parts if p is not None], read)]
+    train_folder, val_folder = find_splits(data)
+    return [_video_folders(folder, listing.frame_fps) for folder in (train_folder, val_folder) if folder is not None]
+
+
+def _of_clips(name: str, clips: LabelledClips) -> _Part:
+    return _Part(name, clips.files, clips.labels, clips.classes, clips.spans, clips.missing)
 
 
 def _video_folders(root: Path, frame_fps: float | None) -> _Part:

@@ -1,8 +1,9 @@
-"""Top-1 and top-5 accuracy of a saved model on class folders."""
+"""Top-1, top-5 and mean class accuracy of a saved model on labelled images or clips."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 
+from tokenlearner.data.clips import ClipFiles, LabelledClips
 from tokenlearner.data.images import (
     HELD_OUT,
     Damaged,
@@ -25,6 +27,7 @@ from tokenlearner.data.images import (
 )
 from tokenlearner.data.sources import find_parts, name_of
 from tokenlearner.errors import InputError
+from tokenlearner.evaluation.clips import VIEWS, Views, clip_files, logits_of, takes_clips
 from tokenlearner.insertion.saving import Preprocessing
 
 Images = Literal["auto", "all", "held-out"]
@@ -32,7 +35,7 @@ Images = Literal["auto", "all", "held-out"]
 
 @dataclass(frozen=True)
 class Accuracy:
-    """``top1``, ``top5`` and ``per_class`` are shares (0 to 1) of ``images`` decoded images."""
+    """``top1``, ``top5`` and ``per_class`` are shares (0 to 1) of ``images`` decoded images or clips."""
 
     top1: float
     top5: float | None
@@ -41,6 +44,8 @@ class Accuracy:
     which: str
     """What was scored, in words."""
     damaged: tuple[Damaged, ...]
+    views: Views | None = None
+    """Of clips: the windows of each, and the crops of each window."""
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -48,33 +53,41 @@ class Accuracy:
             "top5": self.top5,
             "mean_per_class": sum(self.per_class.values()) / len(self.per_class),
             "per_class": self.per_class,
-            "images": self.images,
+            **counted(self.images, self.views),
             "which": self.which,
             "damaged": damaged_entries(self.damaged),
         }
 
 
+def counted(number: int, views: Views | None) -> dict[str, Any]:
+    """How a JSON document says what was scored."""
+    return {"images": number} if views is None else {"clips": number, "views": list(views)}
+
+
 @torch.inference_mode()
 def evaluate(
     model: nn.Module,
-    images: LabelledImages,
+    images: LabelledImages | LabelledClips,
     *,
     which: str = "all images",
     batch_size: int = 64,
     workers: int = 2,
     on_error: OnError = "skip",
     device: str | torch.device = "cpu",
+    views: Views = VIEWS,
 ) -> Accuracy:
     """Scores ``model`` (with the preprocessing it carries) on ``images``; damaged files are left out and named.
 
-    The model is moved to ``device``, which :func:`usable_device` explains, and stays there.
+    Clips are scored by the mean of the model's outputs over ``views``: windows evenly spread over the clip, and crops
+    of each along the longer side. The model is moved to ``device``, which :func:`usable_device` explains, and stays
+    there. ``batch_size`` is how many images or views it is given at once.
 
     Raises:
-        InputError: The model carries no preprocessing, the images are multi-label, no image could be decoded, or there
-            is no such device.
+        InputError: The model carries no preprocessing, or is not for clips where ``images`` are, or the other way
+            round; the images are multi-label, none could be decoded, or there is no such device.
     """
     class_labels(images)
-    loader, device = batches_of(model, images, batch_size, workers, on_error), usable_device(device)
+    loader, device = batches_of(model, images, batch_size, workers, on_error, views), usable_device(device)
     classes = len(images.classes)
     top1 = MulticlassAccuracy(classes, average="micro").to(device)
     top5 = MulticlassAccuracy(classes, average="micro", top_k=5).to(device) if classes > 5 else None
@@ -86,7 +99,7 @@ def evaluate(
         damaged += batch.damaged
         if not len(batch.labels):
             continue
-        logits, labels = model(batch.images.to(device)).float(), batch.labels.to(device)
+        logits, labels = logits_of(model, batch.images.to(device), batch_size).float(), batch.labels.to(device)
         for metric in (top1, top5, per_class):
             if metric is not None:
                 metric.update(logits, labels)
@@ -101,6 +114,7 @@ def evaluate(
         images=int(seen.sum()),
         which=which,
         damaged=tuple(damaged),
+        views=views if isinstance(images, LabelledClips) else None,
     )
 
 
@@ -131,20 +145,43 @@ def images_to_score(model: nn.Module, folder: Path, data: Path, images: Images =
 
 
 def batches_of(
-    model: nn.Module, images: LabelledImages, batch_size: int, workers: int, on_error: OnError
+    model: nn.Module,
+    images: LabelledImages | LabelledClips,
+    batch_size: int,
+    workers: int,
+    on_error: OnError,
+    views: Views = VIEWS,
 ) -> DataLoader[Sample | Damaged]:
     """``images`` in order, prepared as the model says, in the batches that ``collate`` makes.
 
+    Of clips, ``batch_size`` counts the views.
+
     Raises:
-        InputError: The model carries no preprocessing, or a size makes no sense.
+        InputError: The model carries no preprocessing, is for images where these are clips or the other way round, or
+            a size makes no sense.
     """
     if batch_size < 1 or workers < 0:
         raise InputError(f"batch_size must be at least 1 and workers at least 0, not {batch_size} and {workers}")
-    dataset = ImageFiles(images, needed_preprocessing(model).transform(), on_error)
+    check_inputs(model, isinstance(images, LabelledClips))
+    if isinstance(images, LabelledClips):
+        dataset: ClipFiles | ImageFiles = clip_files(model, images, views, on_error)
+        batch_size = max(1, batch_size // math.prod(views))
+    else:
+        dataset = ImageFiles(images, needed_preprocessing(model).transform(), on_error)
     return DataLoader(dataset, batch_size=batch_size, num_workers=workers, collate_fn=collate)
 
 
-def class_labels(images: LabelledImages) -> Sequence[int]:
+def check_inputs(model: nn.Module, clips: bool) -> None:
+    """``InputError`` where a model of images is given clips, or a model of clips images."""
+    if takes_clips(model) and not clips:
+        raise InputError(f"{type(model).__name__} takes clips, and these are images: give videos")
+    if clips and not takes_clips(model):
+        raise InputError(
+            f"{type(model).__name__} takes images, and these are videos: give pictures, or a model of clips"
+        )
+
+
+def class_labels(images: LabelledImages | LabelledClips) -> Sequence[int]:
     """The one class of each image; ``InputError`` if they are multi-label."""
     if images.multilabel:
         raise InputError("an image may have several classes here, so there is no top-1: score with --protocol map")

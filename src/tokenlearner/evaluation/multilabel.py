@@ -17,9 +17,11 @@ from torchmetrics import Metric
 from torchmetrics.functional.classification import binary_average_precision
 from torchmetrics.utilities import dim_zero_cat
 
+from tokenlearner.data.clips import LabelledClips
 from tokenlearner.data.images import Damaged, LabelledImages, OnError, damaged_entries
 from tokenlearner.errors import InputError
-from tokenlearner.evaluation.accuracy import batches_of, nothing_decoded, usable_device
+from tokenlearner.evaluation.accuracy import batches_of, counted, nothing_decoded, usable_device
+from tokenlearner.evaluation.clips import VIEWS, Views, logits_of
 
 
 @dataclass(frozen=True)
@@ -33,6 +35,8 @@ class MultilabelScore:
     which: str
     """What was scored, in words."""
     damaged: tuple[Damaged, ...]
+    views: Views | None = None
+    """Of clips: the windows of each, and the crops of each window."""
 
     @property
     def mean_average_precision(self) -> float:
@@ -42,7 +46,7 @@ class MultilabelScore:
         return {
             "mean_average_precision": self.mean_average_precision,
             "average_precision": self.average_precision,
-            "images": self.images,
+            **counted(self.images, self.views),
             "which": self.which,
             "damaged": damaged_entries(self.damaged),
         }
@@ -51,18 +55,21 @@ class MultilabelScore:
 @torch.inference_mode()
 def evaluate_multilabel(
     model: nn.Module,
-    images: LabelledImages,
+    images: LabelledImages | LabelledClips,
     *,
     which: str = "all images",
     batch_size: int = 64,
     workers: int = 2,
     on_error: OnError = "skip",
     device: str | torch.device = "cpu",
+    views: Views = VIEWS,
 ) -> MultilabelScore:
     """Scores ``model``, whose output j is ``images.classes[j]``; damaged files are left out and named.
 
     All scores are kept until the end, on the CPU: 5 bytes for each image and class (a float and a bool), 0.4 GB for
-    10,000 images of 8,000 classes. The model is moved to ``device``.
+    10,000 images of 8,000 classes. The model is moved to ``device``. Clips are scored in ``views``, as
+    :func:`tokenlearner.evaluation.accuracy.evaluate` has them; Charades' rules (mean over the classes, videos without
+    an action not scored) are met where the list was read by ``read_clips_to_score``.
 
     Raises:
         InputError: The images have one class each, no class has an image, the model has another number of outputs, one
@@ -70,7 +77,7 @@ def evaluate_multilabel(
     """
     if not images.multilabel:
         raise InputError("every image has exactly one class here: score with --protocol top1")
-    loader, device = batches_of(model, images, batch_size, workers, on_error), usable_device(device)
+    loader, device = batches_of(model, images, batch_size, workers, on_error, views), usable_device(device)
     classes = len(images.classes)
     scores = torch.empty(classes, len(images))
     targets = torch.zeros(classes, len(images), dtype=torch.bool)
@@ -81,7 +88,7 @@ def evaluate_multilabel(
         damaged += batch.damaged
         if not len(batch.labels):
             continue
-        logits = model(batch.images.to(device)).float().cpu()
+        logits = logits_of(model, batch.images.to(device), batch_size).float().cpu()
         if logits.shape[-1] != classes:
             raise InputError(f"the model has {logits.shape[-1]} outputs and the images {classes} classes")
         if bad := batch.indices[logits.isnan().any(dim=-1)].tolist():
@@ -95,7 +102,8 @@ def evaluate_multilabel(
     if not shares:
         raise InputError(f"none of the {int(seen.sum())} images has a class, so there is nothing to find")
     by_name = {images.classes[j]: share for j, share in shares.items()}
-    return MultilabelScore(by_name, int(seen.sum()), which, tuple(damaged))
+    clip_views = views if isinstance(images, LabelledClips) else None
+    return MultilabelScore(by_name, int(seen.sum()), which, tuple(damaged), clip_views)
 
 
 class MeanAveragePrecision(Metric):

@@ -1,8 +1,9 @@
 """A timm ViT as data and back: how to build the same host again, proven before it is written down.
 
-A model knows neither the name nor all the arguments it was built with. What timm recorded is tried first, then the
-arguments are read off the instance. Either way the model is built a second time on the meta device and compared with
-the first, module by module, so a description that would give another model is never saved.
+A ViT knows neither the name nor all the arguments it was built with. What timm recorded is tried first, then the
+arguments are read off the instance. Our X2Plus1D, the one model here that is no ViT, keeps its arguments. Either way
+the model is built a second time on the meta device and compared with the first, module by module, so a description that
+would give another model is never saved.
 """
 
 from __future__ import annotations
@@ -25,7 +26,12 @@ from tokenlearner.insertion.insert import insertion_of, remove
 
 _CLASSES = {"VisionTransformer": VisionTransformer, "VisionTransformerDistilled": VisionTransformerDistilled}
 # Imported when one is named: the models import this package.
-_OURS = {"PooledViT": "tokenlearner.models.pooling", "ViViT": "tokenlearner.models.vivit"}
+_OURS = {
+    "FrameAverageViT": "tokenlearner.models.frame_average",
+    "PooledViT": "tokenlearner.models.pooling",
+    "ViViT": "tokenlearner.models.vivit",
+    "X2Plus1D": "tokenlearner.models.x2plus1d",
+}
 _ARGUMENTS = frozenset(inspect.signature(VisionTransformer).parameters) | {"pooling", "num_frames", "tubelet_size"}
 _TYPE_ROOTS = ("timm.", "torch.nn.")  # a config.json can name a module class of these packages, and no other code
 _STATE_OF_A_RUN = {"training", "grad_checkpointing", "distilled_training", "fused_attn", "token_learner_insertion"}
@@ -37,15 +43,18 @@ def describe_host(model: nn.Module, rebuild: Callable[[dict[str, Any]], nn.Modul
     ``rebuild`` makes all of ``model`` of a description, without numbers: host and whatever was inserted since.
 
     Raises:
-        InputError: The model is no timm ViT, or no description was found that gives the same model, with the first
-            differences.
+        InputError: The model is neither a timm ViT nor an X2Plus1D, or no description was found that gives the same
+            model, with the first differences.
     """
-    if not isinstance(model, VisionTransformer):
+    ways: tuple[Callable[[Any], dict[str, Any] | None], ...] = (_recorded, _read_off)
+    if type(model).__name__ == "X2Plus1D" and type(model) is _class_of("X2Plus1D"):
+        ways = (_kept,)
+    elif not isinstance(model, VisionTransformer):
         inside = "; save the model that it wraps" if hasattr(model, "_orig_mod") or hasattr(model, "module") else ""
         raise InputError(f"a timm VisionTransformer can be saved, and {type(model).__name__} is none{inside}")
-    bare = cast(VisionTransformer, bare_on_meta(model))
+    bare = bare_on_meta(model)
     problems: list[str] = []
-    for read in (_recorded, _read_off):
+    for read in ways:
         try:
             description = read(bare)
             if description is None:
@@ -75,7 +84,8 @@ def build_host(description: dict[str, Any]) -> nn.Module:
     arguments, architecture, name = (description.get(key) for key in ("arguments", "architecture", "class"))
     if not isinstance(arguments, dict):
         raise InputError(f"the host's arguments are {arguments!r}, and have to be a dictionary")
-    if unknown := sorted(arguments.keys() - _ARGUMENTS):
+    # An X2Plus1D says itself what it doesn't take, since that depends on its module.
+    if name != "X2Plus1D" and (unknown := sorted(arguments.keys() - _ARGUMENTS)):
         raise InputError(f"timm {timm.__version__}'s VisionTransformer has no {', '.join(unknown)}")
     decoded = {key: _decode(value) for key, value in arguments.items()}
     host_class = _class_of(name)
@@ -88,7 +98,9 @@ def build_host(description: dict[str, Any]) -> nn.Module:
             return host_class(**decoded)
         return timm.create_model(str(architecture), pretrained=False, **decoded)
     except Exception as error:  # whatever a constructor makes of arguments that don't fit
-        raise InputError(f"timm can't build the host {architecture or name}: {error}") from error
+        raise InputError(
+            f"{'timm ' if architecture else ''}can't build the host {architecture or name}: {error}"
+        ) from error
 
 
 def bare_on_meta(model: nn.Module) -> nn.Module:
@@ -139,6 +151,12 @@ def _simple_fields(module: nn.Module) -> dict[str, Any]:
         elif callable(value) and hasattr(type(module), name):
             fields[name] = "replaced"  # a method somebody patched
     return fields
+
+
+def _kept(model: Any) -> dict[str, Any]:
+    """The arguments an X2Plus1D keeps, with the number of classes that it has by now."""
+    arguments = {**model.arguments, "num_classes": model.num_classes}
+    return {"library": "timm", "architecture": None, "class": "X2Plus1D", "arguments": arguments}
 
 
 def _recorded(model: VisionTransformer) -> dict[str, Any] | None:
@@ -249,7 +267,7 @@ def _read_block(block: Any, dim: int) -> dict[str, Any]:
     }
 
 
-def _class_of(name: object) -> type[VisionTransformer] | None:
+def _class_of(name: object) -> type[nn.Module] | None:
     if isinstance(name, str) and name in _OURS:
         return getattr(importlib.import_module(_OURS[name]), name)
     return _CLASSES.get(name) if isinstance(name, str) else None

@@ -14,23 +14,28 @@ from einops import rearrange
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tokenlearner.core._numerics import positive_int
 from tokenlearner.core.fuser import Reproject, TokenFuser, Unpool
 from tokenlearner.core.learner import Kind, Pool, TokenLearner
+from tokenlearner.core.spacetime import NeighbourTokenLearner, WindowTokenLearner
 from tokenlearner.insertion.layers import (
     FusedLayer,
     GridRecord,
     LearnTokens,
+    by_slice,
     drop_hooks,
     evaluating,
+    input_of,
     slices_of,
     split_prefix,
 )
-from tokenlearner.insertion.spec import FUSERS, FuserKind, Insertion, Mix, resolve_at
+from tokenlearner.insertion.spec import FUSERS, FuserKind, Insertion, Mix, Over, resolve_at
 from tokenlearner.insertion.timm import TimmViT, is_compiled
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
 _SPEC = "token_learner_insertion"  # the attribute of the model that holds its Insertion
+_WINDOWS = {"neighbours": 3, "window": 2}  # the window for each `over`, where none is given
 
 
 def insert(
@@ -45,6 +50,8 @@ def insert(
     hidden_dim: int = 64,
     dropout: float = 0.0,
     mix: Mix = "slice",
+    over: Over = "slice",
+    window: int | None = None,
 ) -> ModelT:
     """Inserts a TokenLearner into ``model``, in place, and returns the model (paper, section 3.1).
 
@@ -53,7 +60,7 @@ def insert(
     becomes TokenLearner → Transformer → fuser with residual, so the model keeps all its tokens.
 
     In a video host (``ViViT``) the same learner makes ``num_tokens`` tokens of every slice of the clip, so the layers
-    run on ``num_tokens`` × slices.
+    run on ``num_tokens`` × slices; with ``over="window"`` of every ``window`` slices, so on as many times fewer.
 
     The host's own state-dict keys do not change, and :func:`remove` restores it. The grid comes from the host's patch
     embedding at run time, so non-square and dynamic image sizes work.
@@ -72,6 +79,12 @@ def insert(
         pool, hidden_dim, dropout: Passed to the TokenLearner (and hidden_dim, dropout to the fuser).
         mix: What a TokenFuser of a video host mixes: ``"slice"`` the tokens of one slice (official code), ``"clip"``
             all tokens of the clip (the paper's equation); then clips must keep the number of slices the host has now.
+        over: What a token of a video host is learned from: ``"slice"`` one slice (the paper), ``"neighbours"`` one
+            slice, with maps that also see the slices around it (:class:`NeighbourTokenLearner`), ``"window"`` several
+            slices together (:class:`WindowTokenLearner`; without a fuser, which would need tokens of each slice). The
+            latter two take the kinds that look at the picture: mlp, conv, conv1 and gate.
+        window: With ``over="neighbours"`` the slices a map sees, an odd number, 3 when None; with ``over="window"``
+            the slices that share their tokens, 2 when None, of which clips must have a multiple.
 
     Raises:
         TypeError: The model is no host we know.
@@ -90,6 +103,7 @@ def insert(
     if mix == "clip" and (fuser != "fuser" or host.slices() is None):
         needed = "a host that takes clips" if fuser == "fuser" else "fuser='fuser'"
         raise ValueError(f"mix='clip' mixes the tokens of all slices in a TokenFuser, so it needs {needed}")
+    window = _resolve_window(over, window, fuser, host)
     if isinstance(extra_layers, bool) or not isinstance(extra_layers, int) or extra_layers < 0:
         raise ValueError(f"extra_layers must be a whole number from 0 on, not {extra_layers!r}")
     depth = len(host.layers())
@@ -99,7 +113,7 @@ def insert(
         raise ValueError(
             f"at={at} is after the last of {layers} layers, so there is no layer to fuse; give a smaller at"
         )
-    spec = Insertion(num_tokens, index, depth, kind, fuser, extra_layers, pool, hidden_dim, dropout, mix)
+    spec = Insertion(num_tokens, index, depth, kind, fuser, extra_layers, pool, hidden_dim, dropout, mix, over, window)
 
     # Everything that can fail is built before the host is touched.
     fused = range(index, layers) if fuser else range(index, index + 1)
@@ -157,7 +171,12 @@ def insertion_of(model: nn.Module) -> Insertion | None:
 
 
 def learners(model: nn.Module) -> dict[int, TokenLearner]:
-    """The TokenLearners of ``model`` by the index of the layer they feed."""
+    """The TokenLearners of ``model`` by the index of the layer they feed.
+
+    Where nothing was inserted: those the model was built with, numbered from 0 in the order of ``model.modules()``.
+    """
+    if insertion_of(model) is None:
+        return dict(enumerate(module for module in model.modules() if isinstance(module, TokenLearner)))
     return {index: cast(TokenLearner, carrier.token_learner) for index, carrier in _carriers(model)}
 
 
@@ -181,36 +200,61 @@ def attention_maps(
     """The maps of every TokenLearner in ``model`` for a batch of preprocessed images or clips.
 
     Returns a dictionary from layer index to maps over the patch grid, (b, s, h, w) for images and (b, t, s, h, w) for
-    clips of t slices, in float32; see :meth:`TokenLearner.maps` for their scale. The model runs in eval mode and is
-    left as it was.
+    clips of t slices, in float32; see :meth:`TokenLearner.maps` for their scale. With ``over="window"`` a slice's maps
+    are its part of its window's, so a ``"mlp"`` map sums to 1 over all slices of the window, not over one. The model
+    runs in eval mode and is left as it was.
+
+    A model that was built with TokenLearners and got none by :func:`insert` is looked at too: its maps have the keys
+    :func:`learners` gives, those of a learner that is called several times are of its last call, and a learner that is
+    not called is left out. One that sees k > 1 feature maps for every input, such as a clip's frames (those of one clip
+    in a row), has maps (b, k, s, h, w).
+
+    Args:
+        model: As :func:`insert` returned it, or any network with TokenLearners that takes one tensor.
+        images: The batch of b images or clips, as the model takes them.
 
     Raises:
         ValueError: The model has no TokenLearner, or its kind has no maps.
     """
     model = getattr(model, "_orig_mod", model)  # what torch.compile returned wraps the model; hooks go into the latter
-    carriers = _carriers(model)
-    if not carriers:
+    if not learners(model):
         raise ValueError(f"{type(model).__name__} has no TokenLearner; insert(model) one first")
     found: dict[int, Tensor] = {}
 
-    def keep(index: int, module: nn.Module, args: tuple[Any, ...]) -> None:
-        count, record = _context(module)
+    def keep_inserted(index: int, carrier: nn.Module, args: tuple[Any, ...]) -> None:
+        count, record = _context(carrier)
         _, X = split_prefix(args[0], count)
         grid = record.read(args[0], X.shape[1])
-        A = cast(TokenLearner, module.token_learner).maps(*slices_of(X, grid))
-        found[index] = A if len(grid) == 2 else rearrange(A, "(b t) s h w -> b t s h w", t=grid[0])
+        learner = cast(TokenLearner, carrier.token_learner)
+        slices, frame = slices_of(X, grid)
+        A = by_slice(learner, learner.maps(input_of(learner, slices, grid), frame))
+        one_by_one = len(grid) == 3 and A.ndim == 4
+        found[index] = rearrange(A, "(b t) s h w -> b t s h w", t=grid[0]) if one_by_one else A
 
-    handles = [
-        carrier.register_forward_pre_hook(lambda m, a, i=index: keep(i, m, a), prepend=True)
-        for index, carrier in carriers
-    ]
+    def keep_own(index: int, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        learner = cast(TokenLearner, module)
+        A = by_slice(learner, learner.maps(*args, **kwargs))
+        batch = len(images)
+        several = A.ndim == 4 and len(A) > batch > 0 and len(A) % batch == 0
+        found[index] = rearrange(A, "(b k) s h w -> b k s h w", b=batch) if several else A
+
+    if insertion_of(model) is None:  # after other hooks, which may change what the learner gets
+        handles = [
+            learner.register_forward_pre_hook(partial(keep_own, index), with_kwargs=True)
+            for index, learner in learners(model).items()
+        ]
+    else:  # before the insertion's own, which replaces it
+        handles = [
+            carrier.register_forward_pre_hook(partial(keep_inserted, index), prepend=True)
+            for index, carrier in _carriers(model)
+        ]
     try:
         with evaluating(model), _uncompiled(model):
             model(images)
     finally:
         for handle in handles:
             handle.remove()
-    return found
+    return dict(sorted(found.items()))
 
 
 def host_of(model: nn.Module) -> TimmViT:
@@ -247,16 +291,37 @@ def _context(carrier: nn.Module) -> tuple[int, GridRecord]:
     return hook.num_prefix_tokens, hook.record
 
 
+def _resolve_window(over: Over, window: int | None, fuser: FuserKind | None, host: TimmViT) -> int | None:
+    """The window to use, after a look at whether ``over`` goes with the rest."""
+    if over != "slice" and over not in _WINDOWS:
+        raise ValueError(f"over is 'slice', 'neighbours' or 'window', not {over!r}")
+    if over == "slice":
+        if window is not None:
+            raise ValueError(
+                f"window={window} counts slices for over='neighbours' or over='window', and over='slice' looks at one"
+            )
+        return None
+    slices = host.slices()
+    if slices is None:
+        raise ValueError(f"over={over!r} learns tokens over time, so it needs a host that takes clips")
+    window = positive_int("window", _WINDOWS[over] if window is None else window)
+    if over == "window" and fuser is not None:
+        raise ValueError(
+            f"over='window' leaves no tokens of a single slice, which fuser={fuser!r} would spread over that slice; "
+            "use over='neighbours', or no fuser"
+        )
+    if over == "window" and slices % window:
+        raise ValueError(f"window={window} does not divide the {slices} slices of the host's clips; give one that does")
+    return window
+
+
 def _new_learner(spec: Insertion, host: TimmViT) -> TokenLearner:
-    return TokenLearner(
-        host.dim,
-        spec.num_tokens,
-        spec.kind,
-        grid=host.grid() if spec.kind == "dense" else None,
-        pool=spec.pool,
-        hidden_dim=spec.hidden_dim,
-        dropout=spec.dropout,
-    )
+    options: dict[str, Any] = {"pool": spec.pool, "hidden_dim": spec.hidden_dim, "dropout": spec.dropout}
+    if spec.window is None:
+        grid = host.grid() if spec.kind == "dense" else None
+        return TokenLearner(host.dim, spec.num_tokens, spec.kind, grid, **options)
+    over_time = NeighbourTokenLearner if spec.over == "neighbours" else WindowTokenLearner
+    return over_time(host.dim, spec.num_tokens, spec.kind, window=spec.window, **options)
 
 
 def _new_fuser(spec: Insertion, host: TimmViT, learner: TokenLearner) -> nn.Module:

@@ -25,8 +25,11 @@ from tokenlearner.core._numerics import in_recomputation
 from tokenlearner.core.alpha import Grid
 from tokenlearner.core.fuser import Unpool
 from tokenlearner.core.learner import TokenLearner
+from tokenlearner.core.spacetime import NeighbourTokenLearner, WindowTokenLearner
 
 HostGrid = Grid | tuple[int, int, int]  # (h, w) of an image's tokens, (slices, h, w) of a clip's
+
+OVER_TIME = (NeighbourTokenLearner, WindowTokenLearner)  # the learners that take clips, not slices one by one
 
 MOST_PENDING_INPUTS = 4096  # inputs of checkpointed layers that can wait for their backward at once
 
@@ -81,7 +84,7 @@ class LearnTokens:
     """Forward pre-hook: replaces the grid tokens entering ``module`` by those its ``token_learner`` makes of them.
 
     Prefix tokens (cls, registers, distillation) are not on the grid and pass around. Of a clip, every slice is learned
-    from by itself, by the same learner.
+    from by itself, by the same learner, unless that one looks over time.
     """
 
     def __init__(self, num_prefix_tokens: int, record: GridRecord) -> None:
@@ -96,8 +99,8 @@ class LearnTokens:
         assert isinstance(learner, TokenLearner)
         prefix, X = split_prefix(args[0], self.num_prefix_tokens)
         grid = self.record.read(args[0], X.shape[1])
-        Z = learner(*slices_of(X, grid))
-        return (join_prefix(prefix, from_slices(Z, grid)), *args[1:]), kwargs
+        Z, _ = learn(learner, *slices_of(X, grid), grid)
+        return (join_prefix(prefix, Z), *args[1:]), kwargs
 
 
 class FusedLayer(nn.Module):
@@ -130,9 +133,8 @@ class FusedLayer(nn.Module):
         if frames not in (None, grid[0]):
             raise ValueError(f"mix='clip' was inserted for clips of {frames} slices, and these have {grid[0]}")
         slices, frame = slices_of(X, grid)
-        learner = self.token_learner
-        Z, A = learner.tokens_and_maps(slices, frame) if unpool else (learner(slices, frame), None)
-        out = self.block(join_prefix(prefix, from_slices(Z, grid)), *args, **kwargs)
+        Z, A = learn(self.token_learner, slices, frame, grid, with_maps=unpool)
+        out = self.block(join_prefix(prefix, Z), *args, **kwargs)
         prefix, Y = split_prefix(out, self.num_prefix_tokens)
         if frames is not None:
             fused = self.token_fuser(Y, rearrange(X, "b (t n) d -> b t n d", t=grid[0]))
@@ -180,6 +182,30 @@ def slices_of(X: Float[Tensor, "b m d"], grid: HostGrid) -> tuple[Float[Tensor, 
 def from_slices(X: Float[Tensor, "bt n d"], grid: HostGrid) -> Float[Tensor, "b m d"]:
     """Undoes :func:`slices_of`: the slices of a clip one after the other."""
     return X if len(grid) == 2 else rearrange(X, "(b t) n d -> b (t n) d", t=grid[0])
+
+
+def learn(
+    learner: TokenLearner, slices: Float[Tensor, "bt n d"], frame: Grid, grid: HostGrid, *, with_maps: bool = False
+) -> tuple[Float[Tensor, "b m d"], Float[Tensor, "bt s h w"] | None]:
+    """The tokens of images or clips, slice after slice; where asked for, also the maps of every slice.
+
+    A learner over windows has no maps of a slice, and is not to be asked.
+    """
+    x = input_of(learner, slices, grid)
+    Z, A = learner.tokens_and_maps(x, frame) if with_maps else (learner(x, frame), None)
+    if isinstance(learner, OVER_TIME):
+        return rearrange(Z, "b t s d -> b (t s) d"), None if A is None else rearrange(A, "b t s h w -> (b t) s h w")
+    return from_slices(Z, grid), A
+
+
+def input_of(learner: TokenLearner, slices: Float[Tensor, "bt n d"], grid: HostGrid) -> Float[Tensor, "b *t n d"]:
+    """What ``learner`` takes: clips where it looks over time, else every slice as a feature map of its own."""
+    return rearrange(slices, "(b t) n d -> b t n d", t=grid[0]) if isinstance(learner, OVER_TIME) else slices
+
+
+def by_slice(learner: TokenLearner, A: Float[Tensor, "b *maps h w"]) -> Float[Tensor, "b *slices s h w"]:
+    """What ``learner.maps`` returned, with a window's maps cut into those of its slices."""
+    return rearrange(A, "b e s f h w -> b (e f) s h w") if isinstance(learner, WindowTokenLearner) else A
 
 
 def split_prefix(x: Float[Tensor, "b n d"], count: int) -> tuple[Tensor | None, Tensor]:

@@ -33,7 +33,10 @@ _ENTRIES: dict[str, Any] = {"host": dict, "insertion": dict | None, "preprocessi
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How an RGB image becomes the model's input. ``mean`` and ``std`` are for pixel values in [0, 1]."""
+    """How an RGB image becomes the model's input. ``mean`` and ``std`` are for pixel values in [0, 1].
+
+    For a model of clips this is about each of their ``frames``, of which a clip shows ``fps`` a second.
+    """
 
     input_size: tuple[int, int, int] = (3, 224, 224)
     mean: tuple[float, ...] = (0.485, 0.456, 0.406)
@@ -41,6 +44,15 @@ class Preprocessing:
     interpolation: str = "bicubic"
     crop_pct: float = 0.875
     crop_mode: str = "center"
+    frames: int | None = None
+    """Of a clip; None for a model of images."""
+    fps: float | None = None
+
+    @property
+    def model_input(self) -> tuple[int, ...]:
+        """The shape of one input: (c, h, w), or (c, t, h, w) for clips."""
+        channels, *sides = self.input_size
+        return (channels, *sides) if self.frames is None else (channels, self.frames, *sides)
 
     @classmethod
     def of(cls, model: nn.Module) -> Preprocessing | None:
@@ -48,9 +60,10 @@ class Preprocessing:
         own = getattr(model, "preprocessing", None)
         embed = getattr(model, "patch_embed", None)
         size = getattr(embed, "img_size", None)
+        frames = getattr(model, "num_frames", None) if getattr(model, "takes_clips", False) else None
         if isinstance(own, Preprocessing):
             if size and getattr(embed, "strict_img_size", False):  # set_input_size may have been called since
-                return replace(own, input_size=(own.input_size[0], *size))
+                return replace(own, input_size=(own.input_size[0], *size), frames=frames or own.frames)
             return own
         config = getattr(model, "pretrained_cfg", None) or {}
         if not config.get("mean"):
@@ -66,10 +79,13 @@ class Preprocessing:
             interpolation=config.get("interpolation") or "bicubic",
             crop_pct=config.get("crop_pct") or 0.875,
             crop_mode=config.get("crop_mode") or "center",
+            frames=frames,
         )
 
     def transform(self) -> Callable[[Any], Tensor]:
         """The evaluation transform: RGB PIL image → normalised tensor of ``input_size``, grey for one channel.
+
+        Of a model of clips it prepares one frame.
 
         Raises:
             InputError: The model takes neither one nor three channels.
@@ -77,7 +93,8 @@ class Preprocessing:
         from timm.data import create_transform
         from torchvision.transforms import Compose, Grayscale
 
-        prepare = create_transform(**asdict(self), is_training=False)
+        settings = {key: value for key, value in asdict(self).items() if key not in ("frames", "fps")}
+        prepare = create_transform(**settings, is_training=False)
         if self.input_size[0] == 1:
             return Compose([Grayscale(1), prepare])
         if self.input_size[0] != 3:
@@ -224,7 +241,7 @@ def _insertion(values: Mapping[str, Any], model: nn.Module) -> Insertion:
         spec = Insertion(**values)
     except TypeError as error:
         raise InputError(f"{CONFIG}: the insertion is not understood: {error}") from error
-    depth = len(model.blocks)  # type: ignore[arg-type]
+    depth = len(getattr(model, "blocks", ()))  # an X2Plus1D has none
     if depth != spec.host_depth:
         raise InputError(
             f"{CONFIG}: the insertion was made on a host of {spec.host_depth} layers, but this one has {depth}"

@@ -10,12 +10,16 @@ from tokenlearner.core.learner import Kind, Pool
 
 FuserKind = Literal["fuser", "unpool", "reproject"]
 Mix = Literal["slice", "clip"]
+Over = Literal["slice", "neighbours", "window"]
 FUSERS: tuple[str, ...] = ("fuser", "unpool", "reproject")
 
 
 @dataclass(frozen=True)
 class Insertion:
-    """One insertion. ``at`` is resolved to a layer index and ``host_depth`` is the host's own number of layers."""
+    """One insertion. ``at`` is resolved to a layer index and ``host_depth`` is the host's own number of layers.
+
+    ``window`` is the number used, never a default to be looked up; None only for ``over="slice"``.
+    """
 
     num_tokens: int
     at: int
@@ -27,6 +31,8 @@ class Insertion:
     hidden_dim: int = 64
     dropout: float = 0.0
     mix: Mix = "slice"
+    over: Over = "slice"
+    window: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -41,7 +47,13 @@ class Insertion:
         fused = f" with {self.fuser} in every layer" if self.fuser else ""
         fused += ", mixed over the clip" if self.mix == "clip" else ""
         extra = f" and {self.extra_layers} extra layers" if self.extra_layers else ""
-        return f"{self.num_tokens} tokens ({self.kind}) before layer {self.at} of {self.host_depth}{fused}{extra}"
+        over = {
+            "slice": "",
+            "neighbours": f" over {self.window} neighbouring slices",
+            "window": f" per window of {self.window} slices",
+        }[self.over]
+        place = f"before layer {self.at} of {self.host_depth}"
+        return f"{self.num_tokens} tokens ({self.kind}){over} {place}{fused}{extra}"
 
 
 def resolve_at(at: int | float, depth: int, layers: int) -> int:

@@ -132,13 +132,23 @@ def _parts(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Module]
     try:
         host = host_of(model)
     except TypeError:
-        return {}, children
+        return {}, {part: module for name, child in children.items() for part, module in _blocks_of(name, child)}
     prefix = next(name for name, module in model.named_modules() if module is host.layers())
     layers = {f"{prefix}.{i}": layer for i, layer in enumerate(host.layers())}
     parts: dict[str, nn.Module] = {}
     for name, child in children.items():
         parts.update(layers if child is host.layers() else {name: child})
     return layers, parts
+
+
+def _blocks_of(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The blocks of a stage, of the stages of a backbone; other modules stay whole."""
+    nested = isinstance(module, nn.Sequential) and all(not isinstance(c, nn.Conv3d | nn.Conv2d) for c in module)
+    if nested and len(list(module.children())) and all(list(c.children()) for c in module.children()):
+        for child_name, child in module.named_children():
+            yield from _blocks_of(f"{name}.{child_name}", child)
+    else:
+        yield name, module
 
 
 class _Tally:

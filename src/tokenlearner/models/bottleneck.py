@@ -15,23 +15,26 @@ What the paper leaves open, read so that its printed cost comes out (:func:`modu
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
-from functools import partial
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce
 from jaxtyping import Float
+from timm.layers import DropPath
 from timm.layers.bottleneck_attn import BottleneckAttn
 from torch import Tensor, nn
 
+from tokenlearner.core._numerics import in_recomputation
 from tokenlearner.core.alpha import Grid
 from tokenlearner.core.fuser import TokenFuser
 from tokenlearner.core.learner import Kind, TokenLearner
 from tokenlearner.core.vector import VectorAttention
 from tokenlearner.errors import InputError
-from tokenlearner.inspection.cost import cost
+from tokenlearner.inspection.cost import Cost, cost
+from tokenlearner.models.paper_row import paper_row
 
 Clip = Float[Tensor, "b d t h w"]
 
@@ -88,6 +91,17 @@ _SEQUENCES = {
 }
 
 
+class RecomputeSafeBatchNorm3d(nn.BatchNorm3d):
+    """BatchNorm whose running statistics move once per step under gradient checkpointing too, as ``gate``'s does."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the base class names it
+        if self.training and in_recomputation():
+            # Copies, not None: checkpointing wants as many tensors saved for backward as the first time.
+            mean, var = (None if s is None else s.clone() for s in (self.running_mean, self.running_var))
+            return F.batch_norm(input, mean, var, self.weight, self.bias, training=True, eps=self.eps)
+        return super().forward(input)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with narrow queries and keys and no output projection. (b, n, d) → (b, n, d).
 
@@ -107,7 +121,7 @@ class Attention(nn.Module):
         self.v = nn.Linear(dim, dim, bias=False)
 
     def forward(self, x: Float[Tensor, "b n d"]) -> Float[Tensor, "b n d"]:
-        split = partial(rearrange, pattern="b n (e c) -> b e n c", e=self.num_heads)
+        split = functools.partial(rearrange, pattern="b n (e c) -> b e n c", e=self.num_heads)
         out = F.scaled_dot_product_attention(split(self.q(x)), split(self.k(x)), split(self.v(x)))
         return rearrange(out, "b e n c -> b n (e c)")
 
@@ -217,18 +231,27 @@ class Bottleneck(nn.Module):
 
     The last BatchNorm starts at zero, so that a new block is its shortcut. The shortcut is a strided 1×1×1 convolution
     where the shape changes.
+
+    Args:
+        in_dim, width, out_dim: Channels before, inside and after.
+        middle: From ``width`` channels to as many.
+        stride: The spatial stride that ``middle`` has.
+        drop_path: Probability that a clip takes the shortcut alone, in training.
     """
 
-    def __init__(self, in_dim: int, width: int, out_dim: int, middle: nn.Module, stride: int = 1) -> None:
+    def __init__(
+        self, in_dim: int, width: int, out_dim: int, middle: nn.Module, stride: int = 1, drop_path: float = 0.0
+    ) -> None:
         super().__init__()
         self.expand = conv_norm(in_dim, width, (1, 1, 1))
         self.middle = middle
         self.project = conv_norm(width, out_dim, (1, 1, 1), act=False, zero=True)
         changes = stride != 1 or in_dim != out_dim
         self.shortcut = conv_norm(in_dim, out_dim, (1, 1, 1), stride, act=False) if changes else nn.Identity()
+        self.drop_path: nn.Module = DropPath(drop_path) if drop_path else nn.Identity()
 
     def forward(self, x: Clip) -> Clip:
-        return F.relu(self.shortcut(x) + self.project(self.middle(self.expand(x))))
+        return F.relu(self.shortcut(x) + self.drop_path(self.project(self.middle(self.expand(x)))))
 
 
 def middle(
@@ -278,11 +301,25 @@ def middle(
 
 
 def bottleneck(
-    name: str, in_dim: int, width: int = 432, out_dim: int | None = None, *, stride: int = 1, **options: Any
+    name: str,
+    in_dim: int,
+    width: int = 432,
+    out_dim: int | None = None,
+    *,
+    stride: int = 1,
+    drop_path: float = 0.0,
+    **options: Any,
 ) -> Bottleneck:
-    """The block around a module: :func:`middle` takes ``num_frames`` and the other options."""
+    """The block around a module.
+
+    Args:
+        name: A key of ``MODULES``.
+        in_dim, width, out_dim: Channels before, inside and after; after as before unless given.
+        stride, drop_path: As :class:`Bottleneck` takes them.
+        options: ``num_frames`` and whatever else :func:`middle` takes.
+    """
     out_dim = in_dim if out_dim is None else out_dim
-    return Bottleneck(in_dim, width, out_dim, middle(name, width, stride=stride, **options), stride)
+    return Bottleneck(in_dim, width, out_dim, middle(name, width, stride=stride, **options), stride, drop_path)
 
 
 def bot_block(dim: int = 2048, width: int = 512, *, grid: Grid, num_heads: int = 4) -> Bottleneck:
@@ -297,39 +334,34 @@ def module_rows() -> list[dict[str, Any]]:
     ``M parameters``, and ``fits`` allows 5 % where there is an attention without TokenLearner and 2 % elsewhere.
     Norms, activations and softmax are not counted.
     """
-    from tokenlearner.models.x2plus1d import X2Plus1D  # which is made of these blocks
-
     rows = []
-    with torch.device("meta"):
-        for name, (gflops, parameters) in _PRINTED.items():
-            counted = cost(middle(name), (432, 64, 8, 8))
-            parts, model = MODULES[name], f"middle({name!r})"
-            tolerance = 0.05 if {"joint", "spatial", "temporal"} & {*parts} and "tokenlearner" not in parts else 0.02
-            note = "; ".join(_NOTES[part] for part in parts if part in _NOTES)
-            table = "table11_12_modules_64_frames_two_flops_per_mac"
-            rows.append(_row(table, name, "GFLOPs", gflops, counted.flops / 1e9, tolerance, model, note))
-            rows.append(_row(table, name, "M parameters", parameters, counted.parameters / 1e6, tolerance, model))
-        for name, (gflops, module) in _PRINTED_MODELS.items():
-            flops = cost(X2Plus1D(module), (3, 64, 256, 256)).flops / 1e9
-            rows.append(_row("table10_avid", name, "GFLOPs", gflops, flops, 0.02, f"X2Plus1D({module!r})", _MODEL_NOTE))
+    for name, (gflops, parameters) in _PRINTED.items():
+        counted, parts, model = _count_module(name), MODULES[name], f"middle({name!r})"
+        tolerance = 0.05 if {"joint", "spatial", "temporal"} & {*parts} and "tokenlearner" not in parts else 0.02
+        note = "; ".join(_NOTES[part] for part in parts if part in _NOTES)
+        table = "table11_12_modules_64_frames_two_flops_per_mac"
+        rows.append(paper_row(table, name, "GFLOPs", gflops, counted.flops / 1e9, tolerance, model, note))
+        rows.append(paper_row(table, name, "M parameters", parameters, counted.parameters / 1e6, tolerance, model))
+    for name, (gflops, module) in _PRINTED_MODELS.items():
+        flops, model = _count_model(module).flops / 1e9, f"X2Plus1D({module!r})"
+        rows.append(paper_row("table10_avid", name, "GFLOPs", gflops, flops, 0.02, model, _MODEL_NOTE))
     return rows
 
 
-def _row(
-    table: str, name: str, unit: str, printed: float, counted: float, tolerance: float, model: str, note: str = ""
-) -> dict[str, Any]:
-    ratio = counted / printed
-    return {
-        "table": table,
-        "name": name,
-        "unit": unit,
-        "printed": printed,
-        "counted": round(counted, 4),
-        "ratio": round(ratio, 4),
-        "fits": abs(ratio - 1) <= tolerance,
-        "model": model,
-        "note": note,
-    }
+@functools.cache
+def _count_module(name: str) -> Cost:
+    """At the size tables 11 and 12 are for, built without numbers."""
+    with torch.device("meta"):
+        return cost(middle(name), (432, 64, 8, 8))
+
+
+@functools.cache
+def _count_model(module: str) -> Cost:
+    """At the size table 10 fits, built without numbers."""
+    from tokenlearner.models.x2plus1d import X2Plus1D  # which is made of these blocks
+
+    with torch.device("meta"):
+        return cost(X2Plus1D(module), (3, 64, 256, 256))
 
 
 def conv_norm(
@@ -345,11 +377,11 @@ def conv_norm(
     t, h, w = kernel
     conv = nn.Conv3d(in_dim, out_dim, kernel, (1, stride, stride), (t // 2, h // 2, w // 2), bias=False)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
-    norm = nn.BatchNorm3d(out_dim)
+    norm = RecomputeSafeBatchNorm3d(out_dim)
     if zero:
         nn.init.zeros_(norm.weight)
     return nn.Sequential(conv, norm, *([nn.ReLU()] if act else []))
 
 
 def _normed(part: nn.Module, width: int) -> nn.Sequential:
-    return nn.Sequential(part, nn.BatchNorm3d(width), nn.ReLU())
+    return nn.Sequential(part, RecomputeSafeBatchNorm3d(width), nn.ReLU())

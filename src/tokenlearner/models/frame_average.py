@@ -16,6 +16,9 @@ class FrameAverageViT(VisionTransformer):
     The order of the frames can't make a difference.
     """
 
+    takes_clips = True
+    """Told apart by this from models of images, without importing the class."""
+
     def forward_features(
         self, x: Float[Tensor, "b c t h w"], attn_mask: Tensor | None = None, is_causal: bool = False
     ) -> Float[Tensor, "b t n d"]:

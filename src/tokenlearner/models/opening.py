@@ -26,7 +26,9 @@ def open_trained(source: str | Path, **options: Any) -> nn.Module:
     if Path(source).is_dir():
         return load(source)
     if not timm.is_model(name.split(".")[0]):
-        known = timm.list_pretrained("tokenlearner_*")
+        known = [
+            entry for pattern in ("tokenlearner_*", "vivit_*", "x2plus1d_*") for entry in timm.list_pretrained(pattern)
+        ]
         near = difflib.get_close_matches(name, [*known, *(entry.split(".")[0] for entry in known)], n=1)
         raise InputError(
             f"there is no folder {name}, and no model of that name; give a saved model's folder or a name such as "

@@ -1,8 +1,9 @@
-"""The paper's figures beside our count: tables 1 to 8, the few-shot figure and the figures of section 3 on images.
+"""The paper's figures beside our count: tables 1 to 8 and 10 to 12, the few-shot figure and those of section 3.
 
-What the paper prints as GFLOPS in these tables counts one multiply-add as one, so it stands here as GMACs. Two rows of
-tables 1 to 5 no count reproduces (ViT B/32 in table 1, 16-TL at 12 in table 2), nor ViViT-H/16 in table 6, and some
-points of the few-shot chart are off; each has a note.
+What the paper prints as GFLOPS in tables 1 to 8 and the figures counts one multiply-add as one, so it stands here as
+GMACs; tables 10 to 12 count two, and their rows are those of ``bottleneck.py``. Two rows of tables 1 to 5 no count
+reproduces (ViT B/32 in table 1, 16-TL at 12 in table 2), nor ViViT-H/16 in table 6, and some points of the few-shot
+chart are off; each has a note.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ import timm
 import torch
 
 from tokenlearner.inspection.cost import Cost, cost
+from tokenlearner.models.bottleneck import module_rows
+from tokenlearner.models.paper_row import paper_row
 from tokenlearner.models.presets import PRESETS, Preset
 from tokenlearner.models.video_presets import VIDEO_PRESETS, VideoPreset
 
@@ -155,11 +158,12 @@ _ROWS = [
 
 
 def paper_rows() -> list[dict[str, Any]]:
-    """Every figure the paper prints on an image model or a ViViT, and the same counted here.
+    """Every figure the paper prints on the cost of a model or a module, and the same counted here.
 
-    Keys: ``table``, ``name``, ``unit`` (``GMACs`` or ``M parameters``), ``printed``, ``counted``, ``ratio`` (counted
-    over printed), ``fits`` (the two differ by at most 1 %; 2 % for TokenLearner B/16 of table 1, 3.1 % for video),
-    ``model`` (its name in timm) and ``note``.
+    Keys: ``table``, ``name``, ``unit`` (``GMACs``, ``M parameters``, or from table 10 on ``GFLOPs``), ``printed``,
+    ``counted``, ``ratio`` (counted over printed), ``fits`` (the two differ by at most 1 %; 2 % for TokenLearner B/16
+    of table 1, 3.1 % for ViViTs; for tables 10 to 12 see :func:`tokenlearner.models.bottleneck.module_rows`),
+    ``model`` (its name in timm, or how to make it) and ``note``.
     """
     rows = []
     for row in _ROWS:
@@ -168,21 +172,8 @@ def paper_rows() -> list[dict[str, Any]]:
             unit, counted = "M parameters", _counted(name, _JFT_CLASSES).parameters / 1e6
         else:
             unit, counted = "GMACs", _counted(name).macs / 1e9
-        ratio = counted / row.printed
-        rows.append(
-            {
-                "table": row.table,
-                "name": row.name,
-                "unit": unit,
-                "printed": row.printed,
-                "counted": round(counted, 4),
-                "ratio": round(ratio, 4),
-                "fits": abs(ratio - 1) <= row.tolerance,
-                "model": name,
-                "note": row.note,
-            }
-        )
-    return rows
+        rows.append(paper_row(row.table, row.name, unit, row.printed, counted, row.tolerance, name, row.note))
+    return rows + module_rows()
 
 
 @functools.cache

@@ -31,11 +31,12 @@ class Size:
 
 
 SIZES = {
+    "ti": Size(192, 12, 3),
     "s": Size(384, 12, 6),
     "b": Size(768, 12, 12),
     "l": Size(1024, 24, 16),
     "h": Size(1280, 32, 16),
-    "micro": Size(128, 4, 4, norm_last=True),  # ours, for 32×32 pixels; the paper has no such model
+    "micro": Size(128, 4, 4, norm_last=True),  # ours, for pictures of few pixels; the paper has no such model
 }
 
 
@@ -124,15 +125,19 @@ def _presets() -> list[Preset]:
 
 PRESETS: dict[str, Preset] = {preset.name: preset for preset in _presets()}
 
-# "name.tag" → what timm's pretrained_cfg of those weights says beyond the defaults in vit.py: `file` in the folder
+# Size → how its pixels are prepared, where that is not as in creating.py: the micro models all take CIFAR-10's mean and
+# deviation, and use a small picture to its edges.
+PIXELS: dict[str, dict[str, Any]] = {
+    "micro": {"mean": (0.4914, 0.4822, 0.4465), "std": (0.247, 0.2435, 0.2616), "crop_pct": 1.0}
+}
+
+# "name.tag" → what timm's pretrained_cfg of those weights says beyond the defaults in creating.py: `file` in the folder
 # weights/ beside this file, `num_classes`, `label_names`, `mean`, `std`, `crop_pct`, `license`, `description`. The
 # first tag of a name is what pretrained=True takes.
 _CIFAR10 = {
     "num_classes": 10,
     "label_names": ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"),
-    "mean": (0.4914, 0.4822, 0.4465),
-    "std": (0.247, 0.2435, 0.2616),
-    "crop_pct": 1.0,
+    **PIXELS["micro"],
     "license": "apache-2.0",
 }
 WEIGHTS: dict[str, dict[str, Any]] = {

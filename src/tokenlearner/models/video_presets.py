@@ -2,6 +2,8 @@
 
 Names are those of ``presets.py`` behind ``tokenlearner_vivit_``. L/10 stands at 220, since 10 does not divide 224.
 H/16's size is not printed; it stands at 224. As in the image experiments tokens are learned by v1.0 (``conv``).
+
+``VIDEO_HOSTS`` are plain ViViTs to train and to insert into, named as timm names ViTs.
 """
 
 from __future__ import annotations
@@ -30,6 +32,19 @@ class VideoPreset(Preset):
         return {**super().host_arguments(), "num_frames": self.frames, "tubelet_size": self.tubelet}
 
 
+@dataclass(frozen=True)
+class VideoHost(VideoPreset):
+    """A ViViT without TokenLearner: ``vivit_base_patch16x2_224`` has patches of 16×16 pixels and 2 frames."""
+
+    @property
+    def name(self) -> str:
+        size = _WORDS.get(self.size, self.size)
+        return f"vivit_{size}_patch{self.patch}x{self.tubelet}_{self.resolution}"
+
+
+_WORDS = {"ti": "tiny", "s": "small", "b": "base", "l": "large", "h": "huge"}
+
+
 def _presets() -> list[VideoPreset]:
     return [
         VideoPreset("l", 16, 224),
@@ -39,7 +54,17 @@ def _presets() -> list[VideoPreset]:
         VideoPreset("l", 16, 224, 8, 18),
         VideoPreset("l", 14, 224, 16, 18),
         *(VideoPreset("l", 10, 220, 16, 18, fuser) for fuser in (None, "fuser")),
+        # Ours, for small clips; the paper has no such model.
+        VideoPreset("micro", 8, 64, 8, 2, kind="mlp", frames=16),
     ]
 
 
 VIDEO_PRESETS: dict[str, VideoPreset] = {preset.name: preset for preset in _presets()}
+VIDEO_HOSTS: dict[str, VideoHost] = {
+    host.name: host
+    for host in (
+        *(VideoHost(size, 16, 224) for size in _WORDS),
+        VideoHost("l", 14, 224),
+        VideoHost("micro", 8, 64, frames=16),
+    )
+}

@@ -134,6 +134,9 @@ class ViViT(VisionTransformer):
         InputError: A size that the tubelets don't divide, or a pooling without its token.
     """
 
+    takes_clips = True
+    """Told apart by this from models of images, without importing the class."""
+
     def __init__(
         self,
         img_size: int | tuple[int, int] = 224,
@@ -168,6 +171,7 @@ class ViViT(VisionTransformer):
 
     @property
     def num_frames(self) -> int:
+        """Frames of a clip."""
         return self.patch_embed.num_frames
 
     @property

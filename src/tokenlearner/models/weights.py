@@ -13,6 +13,7 @@ from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from einops import repeat
+from timm.layers import resample_patch_embed
 from torch import Tensor, nn
 
 from tokenlearner.core.alpha import Grid
@@ -152,8 +153,10 @@ def inflate(
     """Loads an image ViT's ``state_dict`` into the ViViT ``model``, in place (arXiv 2103.15691, section 3.4).
 
     The patch embedding becomes the tubelets' middle frame with zeros around it (``"central"``), or is shared out over
-    their frames (``"average"``); either way a clip of equal frames is embedded as its frame was. Positions are repeated
-    over time and interpolated to the model's (h, w). All else is as in :func:`load_vit_weights`.
+    their frames (``"average"``); either way a clip of equal frames is embedded as its frame was. It is resampled to the
+    model's patch size by timm's rule (FlexiViT, arXiv 2212.08013: pixels scaled alike give the same embedding).
+    Positions are repeated over time and interpolated to the model's (h, w). All else is as in
+    :func:`load_vit_weights`.
 
     Args:
         grid: (h, w) of the source's position embedding, where its length does not tell.
@@ -170,6 +173,9 @@ def inflate(
     if kernel is None or kernel.ndim != 4:
         raise InputError("these are not an image ViT's weights: they have no patch embedding of two dimensions")
     frames = model.tubelet_size
+    patch = model.patch_embed.patch_size
+    if tuple(kernel.shape[2:]) != patch:
+        kernel = resample_patch_embed(kernel, list(patch))
     inflated = repeat(kernel / frames, "d c h w -> d c t h w", t=frames)
     if mode == "central":
         inflated = torch.zeros_like(inflated)

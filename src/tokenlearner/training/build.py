@@ -6,7 +6,7 @@ import difflib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import timm
 import torch
@@ -17,26 +17,31 @@ from tokenlearner.core.learner import TokenLearner
 from tokenlearner.errors import InputError
 from tokenlearner.insertion.hosting import build_host
 from tokenlearner.insertion.insert import insert, insertion_of
+from tokenlearner.insertion.layers import HostGrid
 from tokenlearner.insertion.saving import Preprocessing, load, read_config
 from tokenlearner.insertion.spec import Insertion
-from tokenlearner.models.weights import LoadedWeights, load_vit_weights
+from tokenlearner.models.vivit import ViViT
+from tokenlearner.models.weights import LoadedWeights, inflate, load_vit_weights, some
+from tokenlearner.models.x2plus1d import PLAIN, X2Plus1D
 from tokenlearner.training.losses import HEAD_BIAS
 from tokenlearner.training.recipe import Recipe
 
-DEFAULT_MODEL = "vit_tiny_patch16_224"
+DEFAULT_MODEL, DEFAULT_CLIP_MODEL = "vit_tiny_patch16_224", "vivit_tiny_patch16x2_224"
+_X2PLUS1D = "x2plus1d"
 
 
 def build_model(recipe: Recipe, num_classes: int | None, on: str = "cpu") -> nn.Module:
     """The host of ``recipe`` with its TokenLearner; ``num_classes`` outputs, or the host's own number if None.
 
-    ``on="meta"`` builds it without numbers, to be counted.
+    ``on="meta"`` builds it without numbers, to be counted. An X(2+1)D has its TokenLearners in its last blocks, whose
+    form is an argument of its own.
 
     Raises:
         InputError: timm does not know the name, can't fetch its weights, or the insertion does not fit.
     """
     model = _host(recipe, num_classes, on)
     own = insertion_of(model)  # of a model that is published with a TokenLearner
-    if recipe.tokens == 0 or (own and _insertion(recipe) == _insertion(Recipe())):
+    if recipe.tokens == 0 or isinstance(model, X2Plus1D) or (own and _insertion(recipe) == _insertion(Recipe())):
         return model
     try:
         return insert(model, **_insertion(recipe))
@@ -46,7 +51,7 @@ def build_model(recipe: Recipe, num_classes: int | None, on: str = "cpu") -> nn.
 
 def _insertion(recipe: Recipe) -> dict[str, Any]:
     """The arguments of ``insert``: the recipe's, or where it says nothing those of the model in init's folder."""
-    names = ("tokens", "at", "kind", "fuser", "extra_layers")
+    names = ("tokens", "at", "kind", "fuser", "extra_layers", "mix", "over", "window")
     asked = {name: getattr(recipe, name) for name in names}
     if _host_is_inits(recipe) and asked == {name: getattr(Recipe(), name) for name in names}:
         saved = read_config(Path(str(recipe.init)))["insertion"]
@@ -72,6 +77,10 @@ def _host(recipe: Recipe, num_classes: int | None, on: str) -> nn.Module:
         options["num_classes"] = num_classes
     if recipe.image_size is not None:
         options["img_size"] = recipe.image_size
+    if recipe.clip.frames is not None:
+        options["num_frames"] = recipe.clip.frames
+    if recipe.clip.tubelet is not None:
+        options["tubelet_size"] = recipe.clip.tubelet
     if _host_is_inits(recipe):
         host = read_config(Path(str(recipe.init)))["host"]
         arguments = host.get("arguments")
@@ -82,6 +91,8 @@ def _host(recipe: Recipe, num_classes: int | None, on: str) -> nn.Module:
     else:
         if recipe.init:
             _check_known(recipe.init)
+        if model_name(recipe).startswith(_X2PLUS1D):
+            options |= _module_options(recipe)
         model = _timm_model(model_name(recipe), recipe.pretrained, options, on)
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1,))[0]
     if recipe.image_size is not None and recipe.image_size % patch:
@@ -89,6 +100,19 @@ def _host(recipe: Recipe, num_classes: int | None, on: str) -> nn.Module:
             f"image_size {recipe.image_size} is no multiple of {model_name(recipe)}'s patches of {patch} pixels"
         )
     return model
+
+
+def _module_options(recipe: Recipe) -> dict[str, Any]:
+    """The arguments of an X(2+1)D that stand for an insertion."""
+    others = {name: getattr(recipe, name) for name in ("at", "fuser", "extra_layers", "mix", "over", "window")}
+    if set_ones := [name for name, value in others.items() if value != getattr(Recipe(), name)]:
+        raise InputError(
+            f"{recipe.model} has its TokenLearners in its last blocks: tokens and kind can be chosen, "
+            f"{', '.join(set_ones)} can't"
+        )
+    if recipe.tokens == 0:
+        return {"module": PLAIN}
+    return {"module": "TokenLearner", "num_tokens": recipe.tokens, "kind": recipe.kind}
 
 
 def _check_known(init: str) -> None:
@@ -104,6 +128,12 @@ def _hint(name: str) -> str:
 def _timm_model(name: str, pretrained: bool, options: dict[str, Any], on: str) -> nn.Module:
     if not timm.is_model(name):
         raise InputError(f"timm has no model {name!r}{_hint(name)}")
+    about_clips = options.keys() & {"num_frames", "tubelet_size"}
+    if about_clips and not timm.models.model_entrypoint(name.split(".")[0]).__module__.startswith("tokenlearner."):
+        raise InputError(
+            f"{name} takes images, and clip.frames and clip.tubelet are about a model of clips, such as "
+            f"{DEFAULT_CLIP_MODEL}"
+        )
     try:
         with torch.device(on):
             return timm.create_model(name, pretrained=pretrained, **options)
@@ -122,7 +152,7 @@ class Start(NamedTuple):
     """Weights to start from, and what is known of the model they were in."""
 
     state: dict[str, Tensor]
-    grid: Grid | None
+    grid: HostGrid | None
     labels: tuple[str, ...] | None
     preprocessing: Preprocessing | None
     form: dict[str, str]
@@ -151,8 +181,8 @@ def _form(model: nn.Module) -> dict[str, str]:
 def start_from(model: nn.Module, init: str, labels: Sequence[str]) -> tuple[LoadedWeights, Preprocessing]:
     """Loads the weights ``init`` names into ``model``, whose outputs are ``labels``; how its images are prepared.
 
-    The head is taken over if it is of the same classes in the same order. What could not be taken over, and what of the
-    model therefore starts anew, is in the answer.
+    An image ViT's are inflated for a ViViT. The head is taken over if it is of the same classes in the same order. What
+    could not be taken over, and what of the model therefore starts anew, is in the answer.
 
     Raises:
         InputError: The weights are of another kind of model, or nothing says how images are prepared.
@@ -162,7 +192,13 @@ def start_from(model: nn.Module, init: str, labels: Sequence[str]) -> tuple[Load
     if start.labels is None or tuple(start.labels) != tuple(labels):
         head = [key for key in state if key.startswith(("head.", "head_dist."))]
         state = {key: value for key, value in state.items() if key not in head}
-    loaded = load_vit_weights(model, state, grid=start.grid)
+    kernel = state.get("patch_embed.proj.weight")
+    if isinstance(model, ViViT) and kernel is not None and kernel.ndim == 4:
+        loaded = inflate(model, state, grid=cast("Grid | None", start.grid))
+    elif isinstance(model, X2Plus1D):
+        loaded = _load_equal(model, state)
+    else:
+        loaded = load_vit_weights(model, state, grid=start.grid)
     loaded = loaded._replace(unused=(*loaded.unused, *head))
     for part, here in _form(model).items():
         if (there := start.form.get(part, here)) != here:
@@ -175,9 +211,27 @@ def start_from(model: nn.Module, init: str, labels: Sequence[str]) -> tuple[Load
             "save(model, folder, preprocessing=Preprocessing(...))"
         )
     if own:
-        return loaded, replace(prepared, input_size=own.input_size)
-    embed: Any = model.patch_embed
-    return loaded, replace(prepared, input_size=(embed.proj.in_channels, *embed.img_size))
+        return loaded, replace(prepared, input_size=own.input_size, frames=own.frames)
+    embed: Any = getattr(model, "patch_embed", None)
+    if embed is not None:
+        prepared = replace(prepared, input_size=(embed.proj.in_channels, *embed.img_size))
+    frames: Any = getattr(model, "num_frames", None)
+    return loaded, replace(prepared, frames=frames)
+
+
+def _load_equal(model: X2Plus1D, state: dict[str, Tensor]) -> LoadedWeights:
+    """Weights of a model of the same form, whose head may be another."""
+    target = model.state_dict()
+    shapes = {key: tuple(value.shape) for key, value in target.items() if not key.startswith("head.")}
+    found = {key: tuple(value.shape) for key, value in state.items() if not key.startswith("head.")}
+    if shapes != found:
+        differing = sorted(key for key in shapes.keys() | found.keys() if shapes.get(key) != found.get(key))
+        raise InputError(f"the weights don't fit the X2Plus1D: {some(differing)} differ")
+    head = [key for key in target if key.startswith("head.")]
+    new = [key for key in head if key not in state or state[key].shape != target[key].shape]
+    unused = [key for key in state if key.startswith("head.") and (key in new or key not in target)]
+    model.load_state_dict({key: value for key, value in state.items() if key not in unused}, strict=False)
+    return LoadedWeights(tuple(new), tuple(unused))
 
 
 def prepare_head(model: nn.Module, recipe: Recipe, loaded: LoadedWeights | None) -> None:

@@ -49,7 +49,10 @@ class Targets(nn.Module):
         pairs = len(images) // 2 * 2 if self.mixing else 0  # timm mixes pairs; a damaged file can leave one over
         targets = mixup_target(labels[pairs:], self.num_classes, smoothing=self.label_smoothing, **self.options)
         if self.mixing and pairs:
-            mixed, mixed_targets = self.mixing(images[:pairs].clone(), labels[:pairs])
+            # Of clips (b, c, t, h, w), all frames are mixed and cut alike: timm cuts along the last two of four axes.
+            flat = images[:pairs].clone().flatten(1, -3)
+            mixed, mixed_targets = self.mixing(flat, labels[:pairs])
+            mixed = mixed.view_as(images[:pairs])
             images, targets = torch.cat([mixed, images[pairs:]]), torch.cat([mixed_targets, targets])
         return images, targets
 

@@ -14,6 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from tokenlearner.data.images import Batch, Damaged
 from tokenlearner.errors import InputError
+from tokenlearner.evaluation.clips import logits_of
 from tokenlearner.evaluation.multilabel import MeanAveragePrecision
 from tokenlearner.training.losses import Targets, loss_of
 from tokenlearner.training.optim import build_optimizer, build_schedule
@@ -87,7 +88,7 @@ class Classifier(L.LightningModule):
         size = len(batch.labels)
         if not size:
             return
-        logits = self.model(batch.images)
+        logits = logits_of(self.model, batch.images)
         hard = batch.labels if batch.labels.is_floating_point() else F.one_hot(batch.labels, logits.shape[-1])
         self.val_loss.add(loss_of(logits.float(), hard.float(), self.recipe.loss), size)
         self.score.update(logits.float(), batch.labels.long())

@@ -36,7 +36,7 @@ def param_groups(
     undecayed: set[str] = getattr(model, "no_weight_decay", set)()
     groups: dict[tuple[float, float], dict[str, Any]] = {}
     for name, p in trained.items():
-        decay = 0.0 if p.ndim <= 1 or name in undecayed else weight_decay
+        decay = 0.0 if p.ndim <= 1 or name.endswith("bias") or name in undecayed else weight_decay
         group = groups.setdefault(
             (scales[name], decay), {"params": [], "param_names": [], "weight_decay": decay, "lr_scale": scales[name]}
         )

@@ -50,15 +50,32 @@ class AugmentRecipe:
 
 
 @dataclass
+class ClipRecipe:
+    frames: int | None = None
+    """Frames of a clip; the model's own when not given."""
+    fps: float = 12.5
+    """Frames a second a clip shows, whatever the video's own rate."""
+    tubelet: int | None = None
+    """Frames of a tubelet; the model's own when not given."""
+    short_side: int | None = None
+    """Pixels frames are decoded at, before they are cropped; the model's own when not given."""
+    views: tuple[int, int] = (1, 1)
+    """Windows of a clip, and crops of each, that are scored after every epoch."""
+    label_by: Literal["video", "window"] = "video"
+    """Whether a training clip of a timed list is of all classes of its video, or of those seen in its window."""
+
+
+@dataclass
 class Recipe:
     model: str | None = None
-    """A timm VisionTransformer. When not given, the model init names (with its TokenLearner, unless tokens, at, kind,
-    fuser or extra_layers say otherwise), else vit_tiny_patch16_224."""
+    """A timm VisionTransformer, or a model of clips such as vivit_small_patch16x2_224 or x2plus1d_m. When not given,
+    the model init names (with its TokenLearner, unless tokens, at, kind, fuser or extra_layers say otherwise), else
+    vit_tiny_patch16_224, or vivit_tiny_patch16x2_224 for videos."""
     pretrained: bool = False
     """Start from timm's weights for that model (needs its hub)."""
     init: str | None = None
     """Start from other weights: a saved model's folder, or a timm name whose weights are fetched. The head is new where
-    the classes differ; positions are interpolated to image_size."""
+    the classes differ; positions are interpolated to image_size. An image model's weights are inflated for clips."""
     image_size: int | None = None
     """Pixels a side; the model's own when not given."""
     tokens: int = 8
@@ -71,6 +88,12 @@ class Recipe:
     """Bring the tokens back to the grid in every layer from there on."""
     extra_layers: int = 0
     """Layers appended after the host's own."""
+    mix: Literal["slice", "clip"] = "slice"
+    """Of clips: whether a fuser mixes the tokens of one slice, or of the whole clip."""
+    over: Literal["slice", "neighbours", "window"] = "slice"
+    """Of clips: learn tokens from one slice, from one with a look at its neighbours, or from a window of slices."""
+    window: int | None = None
+    """Slices that over="neighbours" looks at (3) or that share their tokens (2)."""
     epochs: int = 30
     batch_size: int = 64
     """Images an optimizer step sees, over all processes and parts."""
@@ -101,6 +124,7 @@ class Recipe:
     """Log to Weights & Biases beside metrics.csv, if it is installed."""
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
     augment: AugmentRecipe = field(default_factory=AugmentRecipe)
+    clip: ClipRecipe = field(default_factory=ClipRecipe)
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -123,6 +147,14 @@ def check_recipe(recipe: Recipe) -> None:
     for name, value in (("augment.mixup", recipe.augment.mixup), ("augment.cutmix", recipe.augment.cutmix)):
         if not 0 <= value < float("inf"):
             raise InputError(f"{name} must be 0 or above, not {value}")
+    clip = recipe.clip
+    for name, count in (("frames", clip.frames), ("tubelet", clip.tubelet), ("short_side", clip.short_side)):
+        if count is not None and count < 1:
+            raise InputError(f"clip.{name} must be at least 1, not {count}")
+    if not 0 < clip.fps < float("inf"):
+        raise InputError(f"clip.fps must be above 0, not {clip.fps}")
+    if min(clip.views) < 1:
+        raise InputError(f"clip.views must be at least one window and one crop, not {clip.views}")
     if recipe.batch_size % recipe.accumulate:
         raise InputError(f"batch_size {recipe.batch_size} can't be computed in {recipe.accumulate} equal parts")
     if recipe.pretrained and recipe.init:
@@ -143,7 +175,7 @@ def load_recipe(path: str | Path | None = None, **overrides: object) -> Recipe:
 def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
     """The recipe ``dataclasses.asdict`` and JSON made ``values`` of."""
     parts: dict[str, Any] = {name: _tuples(value) for name, value in values.items()}
-    for name, kind in (("optimizer", OptimizerRecipe), ("augment", AugmentRecipe)):
+    for name, kind in (("optimizer", OptimizerRecipe), ("augment", AugmentRecipe), ("clip", ClipRecipe)):
         parts[name] = kind(**{key: _tuples(value) for key, value in parts.get(name, {}).items()})
     return Recipe(**parts)
 
@@ -176,7 +208,7 @@ def flat_recipe(recipe: Recipe) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for part in fields(recipe):
         value = getattr(recipe, part.name)
-        if isinstance(value, OptimizerRecipe | AugmentRecipe):
+        if isinstance(value, OptimizerRecipe | AugmentRecipe | ClipRecipe):
             flat |= {f"{part.name}.{key}": entry for key, entry in asdict(value).items()}
         else:
             flat[part.name] = value

@@ -7,41 +7,46 @@ import json
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
-from timm.data import create_transform
-from torch import nn
-from torchvision.transforms import Compose, Grayscale
 
-from tokenlearner.data.images import HELD_OUT, ImageFiles, OnError, collate, damaged_entries
-from tokenlearner.data.sources import ImageData, held_out_names, name_of, read_images
+from tokenlearner.data.clip_sources import Listing
+from tokenlearner.data.clips import LabelledClips
+from tokenlearner.data.images import HELD_OUT, OnError, damaged_entries
 from tokenlearner.errors import InputError
 from tokenlearner.insertion.insert import insertion_of
 from tokenlearner.insertion.saving import Preprocessing, save, write_whole
 from tokenlearner.inspection.report import write_report
 from tokenlearner.inspection.speed import measure_speed
 from tokenlearner.inspection.summary import hardware, write_summary
-from tokenlearner.training.build import build_model, model_name, prepare_head, start_from
+from tokenlearner.training.build import DEFAULT_CLIP_MODEL, build_model, model_name, prepare_head, start_from
 from tokenlearner.training.checkpoint import last_checkpoint, read_progress
 from tokenlearner.training.fit import Processes, check_run, fit, result_of
-from tokenlearner.training.looks import looks_at
+from tokenlearner.training.material import Material, prepared, read_material
 from tokenlearner.training.optim import build_optimizer
-from tokenlearner.training.recipe import AugmentRecipe, Recipe, check_recipe, recipe_from_dict, resumed_recipe
+from tokenlearner.training.recipe import Recipe, check_recipe, recipe_from_dict, resumed_recipe
 
 RECIPE, SUMMARY = "recipe.json", "summary.json"
 
 
 def train(
-    data: str | Path, recipe: Recipe, output: str | Path, *, on_error: OnError = "skip", resume: bool = False
+    data: str | Path,
+    recipe: Recipe,
+    output: str | Path,
+    *,
+    on_error: OnError = "skip",
+    resume: bool = False,
+    listing: Listing | None = None,
 ) -> dict[str, Any]:
-    """Trains the model of ``recipe`` on the images of ``data`` and returns the summary.
+    """Trains the model of ``recipe`` on the images or videos of ``data`` and returns the summary.
 
     ``data`` holds one folder a class, or ``train`` and ``val`` folders that do; or it is a CSV of file,label; or holds
-    tar shards. Writes to ``output``: the model after every epoch, ``checkpoints``, ``metrics.csv``, ``recipe.json``,
+    tar shards. Videos may also be listed as Charades, Kinetics or AViD do, with what these do not say in ``listing``.
+    Writes to ``output``: the model after every epoch, ``checkpoints``, ``metrics.csv``, ``recipe.json``,
     ``summary.json`` and ``report.html``. Damaged files are named and counted in the summary; ``on_error="raise"`` stops
     at the first instead.
 
@@ -59,27 +64,28 @@ def train(
     elif is_first:
         _refuse_unfinished(output)
     check_recipe(recipe)
-    images = read_images(Path(data), recipe.held_out, recipe.seed)
+    material = read_material(Path(data), recipe, listing)
+    images = material.data
     classes = images.train.classes
+    if material.clips and recipe.model is None and recipe.init is None:
+        recipe = replace(recipe, model=DEFAULT_CLIP_MODEL)
     L.seed_everything(recipe.seed, workers=True, verbose=False)
     model = build_model(recipe, len(classes))
     loaded, preprocessing = start_from(model, recipe.init, classes) if recipe.init else (None, Preprocessing.of(model))
     prepare_head(model, recipe, loaded)
     assert preprocessing is not None, "a model of timm.create_model has a configuration"
+    preprocessing = prepared(preprocessing, model, recipe, material)
     with input_errors("augment"):
-        transform = training_transform(preprocessing, recipe.augment)
+        train_set, val_set = material.datasets(recipe, preprocessing, on_error)
     with input_errors("optimizer"):
         build_optimizer(model, recipe.optimizer)  # fit builds its own; here it fails before a folder is written
     # Whatever fit would refuse is refused here, before a file of an earlier run is touched.
-    fingerprint = _fingerprint(images, Path(data))
-    check_run(recipe, images.train.multilabel)
+    fingerprint = _fingerprint(material)
+    check_run(recipe, material.multilabel)
     if resume:
         read_progress(output, fingerprint)
     if is_first:
-        _prepare_output(output, recipe, images, resume)
-
-    train_set = ImageFiles(images.train, transform, on_error=on_error)
-    val_set = ImageFiles(images.val, preprocessing.transform(), on_error=on_error)
+        _prepare_output(output, recipe, material, resume)
 
     def save_model() -> None:
         save(model, output, preprocessing=preprocessing, labels=classes)
@@ -92,7 +98,7 @@ def train(
         output,
         num_classes=len(classes),
         after_epoch=save_model,
-        multilabel=images.train.multilabel,
+        multilabel=material.multilabel,
         checkpoints=True,
         resume=resume,
         data=fingerprint,
@@ -100,18 +106,18 @@ def train(
     if not is_first:
         return {}
     name = "tokenlearner" if insertion_of(model) else "plain"
-    batch = torch.randn(min(16, recipe.batch_size), *preprocessing.input_size)
-    speed = measure_speed({name: model}, batch, rounds=5)[0]
-    result = result_of(name, model, fitted, speed, preprocessing.input_size)
+    shape = preprocessing.model_input
+    speed = measure_speed({name: model}, torch.randn(min(16, recipe.batch_size), *shape), rounds=5)[0]
+    result = result_of(name, model, fitted, speed, shape)
     seconds = time.perf_counter() - start
     spec = insertion_of(model)
     write_report(
         output / "report.html",
         f"{model_name(recipe)} on {Path(data).name}",
-        f"{len(images.train):,} images to learn from, {len(images.val):,} held out, {len(classes)} classes"
+        f"{len(images.train):,} {material.noun} to learn from, {len(images.val):,} held out, {len(classes)} classes"
         + (f"; {spec.describe()}." if spec else "; no tokens learned."),
         [result],
-        _looks(model, val_set, images, preprocessing) if spec and spec.kind != "average" else (),
+        material.looks(model, val_set, preprocessing) if spec and spec.kind != "average" else (),
         f"tokenlearner train, seed {recipe.seed}, {recipe.epochs} epochs, {seconds:.0f} s on {hardware()}.",
     )
     started = {"init": {"from": recipe.init, "new": list(loaded.kept), "unused": list(loaded.unused)}} if loaded else {}
@@ -120,13 +126,13 @@ def train(
         seconds,
         [result],
         data=str(data),
-        train_images=len(images.train),
+        **{f"train_{material.noun}": len(images.train)},
         held_out=len(images.val),
         classes=len(classes),
         seed=recipe.seed,
         **started,
         damaged=damaged_entries(fitted.damaged),
-        strays=[str(path) for path in images.train.strays],
+        **material.left_out,
     )
 
 
@@ -137,23 +143,6 @@ def input_errors(part: str) -> Iterator[None]:
         yield
     except Exception as error:
         raise InputError(f"the recipe's {part} does not fit: {error}") from error
-
-
-def training_transform(preprocessing: Preprocessing, augment: AugmentRecipe) -> Any:
-    """timm's training transform: random crop, flip, policy, jitter, normalisation, erasing; grey for one channel."""
-    transform = create_transform(
-        input_size=preprocessing.input_size,
-        is_training=True,
-        scale=augment.scale,
-        hflip=augment.hflip,
-        color_jitter=augment.color_jitter,
-        auto_augment=augment.auto_augment,
-        re_prob=augment.erasing,
-        interpolation=preprocessing.interpolation,
-        mean=preprocessing.mean,
-        std=preprocessing.std,
-    )
-    return Compose([Grayscale(1), transform]) if preprocessing.input_size[0] == 1 else transform
 
 
 def _recipe_of_run(output: Path, given: Recipe) -> Recipe:
@@ -177,7 +166,7 @@ def _refuse_unfinished(output: Path) -> None:
         )
 
 
-def _prepare_output(output: Path, recipe: Recipe, images: ImageData, resume: bool) -> None:
+def _prepare_output(output: Path, recipe: Recipe, material: Material, resume: bool) -> None:
     """Says what this run is, and which files it held out, so that `evaluate` on the same data scores those alone."""
     output.mkdir(parents=True, exist_ok=True)
     (output / SUMMARY).unlink(missing_ok=True)
@@ -188,24 +177,18 @@ def _prepare_output(output: Path, recipe: Recipe, images: ImageData, resume: boo
         for file in left:
             file.unlink(missing_ok=True)
     files = {output / RECIPE: asdict(recipe)}
-    if images.held_out_of is not None:
-        files[output / HELD_OUT] = {"folder": images.held_out_of.name, "files": held_out_names(images)}
+    if material.data.held_out_of is not None:
+        files[output / HELD_OUT] = {"folder": material.data.held_out_of.name, "files": material.held_out_names()}
     write_whole({path: (json.dumps(content, indent=1) + "\n").encode() for path, content in files.items()})
 
 
-def _fingerprint(images: ImageData, data: Path) -> str:
-    """Of the names and labels of all images: a checkpoint counts batches of these, in their order."""
-    digest = hashlib.sha256(json.dumps(images.train.classes).encode())
-    for part in (images.train, images.val):
-        for source, label in zip(part.files, part.labels):
-            digest.update(f"{name_of(source, data)}\0{label}\n".encode(errors="surrogateescape"))
+def _fingerprint(material: Material) -> str:
+    """Of the names and labels of all images or clips: a checkpoint counts batches of these, in their order."""
+    digest = hashlib.sha256(json.dumps(material.data.train.classes).encode())
+    for part in (material.data.train, material.data.val):
+        spans = part.spans if isinstance(part, LabelledClips) and part.spans else [None] * len(part.files)
+        for source, label, span in zip(part.files, part.labels, spans):
+            place = material.names(source) + (f" {span}" if span else "")
+            digest.update(f"{place}\0{label}\n".encode(errors="surrogateescape"))
         digest.update(b"\n")
     return digest.hexdigest()
-
-
-def _looks(model: nn.Module, val_set: ImageFiles, images: ImageData, preprocessing: Preprocessing) -> Any:
-    """Eight held-out images, spread over the classes."""
-    batch = collate([val_set[i] for i in range(0, len(val_set), max(1, len(val_set) // 8))])
-    if not len(batch.labels):
-        return ()
-    return looks_at(model, batch.images[:8], batch.labels[:8], preprocessing, images.train.classes)

@@ -1,0 +1,101 @@
+"""What scoring clips needs beyond images: their windows and crops, and one output for all views of a clip."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from tokenlearner.data.clip_sources import Listing, clip_name, read_clips_to_score
+from tokenlearner.data.clips import ClipFiles, ClipTransform, LabelledClips
+from tokenlearner.data.images import HELD_OUT, OnError
+from tokenlearner.errors import InputError
+from tokenlearner.insertion.saving import Preprocessing
+
+Views = tuple[int, int]
+VIEWS: Views = (4, 3)  # windows and crops of each, the paper's for Kinetics
+
+
+def takes_clips(model: nn.Module) -> bool:
+    """Whether the inputs of ``model`` are clips (b, c, t, h, w), as it says by ``takes_clips``."""
+    return bool(getattr(getattr(model, "_orig_mod", model), "takes_clips", False))
+
+
+def clip_transform(preprocessing: Preprocessing, short_side: int | None = None) -> ClipTransform:
+    """Prepares clips for evaluation. ``short_side`` is where it differs from the crop's share that
+    ``preprocessing`` has.
+
+    Raises:
+        InputError: Frames that are not square, or of neither one nor three channels.
+    """
+    channels, height, width = preprocessing.input_size
+    if height != width or channels not in (1, 3):
+        raise InputError(
+            f"clips are prepared as squares of 1 or 3 channels, and the model takes {channels}×{height}×{width}"
+        )
+    side = short_side or math.floor(height / preprocessing.crop_pct)
+    return ClipTransform(height, max(side, height), mean=preprocessing.mean, std=preprocessing.std)
+
+
+def clip_files(model: nn.Module, clips: LabelledClips, views: Views = VIEWS, on_error: OnError = "skip") -> ClipFiles:
+    """``clips`` as ``model`` wants them, several views each.
+
+    Raises:
+        InputError: The model doesn't say how its clips are prepared.
+    """
+    preprocessing = Preprocessing.of(model)
+    if preprocessing is None or preprocessing.frames is None or preprocessing.fps is None:
+        raise InputError(
+            "the model does not say how its clips are prepared; save it again with "
+            "save(model, folder, preprocessing=Preprocessing(..., frames=..., fps=...))"
+        )
+    transform, frames, fps = clip_transform(preprocessing), preprocessing.frames, preprocessing.fps
+    return ClipFiles(clips, transform, frames=frames, fps=fps, views=views, on_error=on_error)
+
+
+def logits_of(
+    model: nn.Module, x: Float[Tensor, "b *v c t h w"], most: int | None = None
+) -> Float[Tensor, "b classes"]:
+    """What ``model`` says of images or clips; of clips in several views, (b, v, c, t, h, w), the mean over these.
+
+    ``most`` is how many views go through the model at once.
+    """
+    if x.ndim < 6:
+        return model(x)
+    parts = [model(part) for part in x.flatten(0, 1).split(most or len(x) * x.shape[1])]
+    return torch.cat(parts).unflatten(0, x.shape[:2]).mean(dim=1)
+
+
+def clips_to_score(
+    model: nn.Module,
+    folder: Path,
+    data: Path,
+    which: Literal["auto", "all", "held-out"] = "auto",
+    listing: Listing | None = None,
+) -> tuple[LabelledClips, str]:
+    """The clips of ``data`` a model saved in ``folder`` should be scored on, and which those are in words.
+
+    As :func:`images_to_score` chooses images.
+
+    Raises:
+        InputError: Classes that don't match the model's labels, or "held-out" without a note of what was.
+    """
+    names = getattr(model, "label_names", None)
+    if names is None:
+        raise InputError(f"{folder} names no labels, so classes can't be matched with its outputs")
+    clips, part, is_all = read_clips_to_score(data, names, listing)
+    if not is_all:
+        return clips, f"the clips in {part}"
+    note = folder / HELD_OUT
+    held_out = set(json.loads(note.read_text())["files"]) if note.is_file() else set()
+    chosen = [i for i, file in enumerate(clips.files) if clip_name(file, data, listing) in held_out]
+    if which == "held-out" and not chosen:
+        raise InputError(f"{note} names no file of {data}; score everything with --images all")
+    if which == "all" or not chosen:
+        return clips, "all clips"
+    return clips.subset(chosen), f"the {len(chosen)} clips held out in training (of {len(clips)})"
