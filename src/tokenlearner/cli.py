@@ -58,6 +58,7 @@ class VideoOptions:
     """Folders of pictures are videos of so many frames a second."""
 
 
+FrameFps = Annotated[float | None, Parameter(help="Folders of pictures are videos of so many frames a second.")]
 Listed = Annotated[VideoOptions, Parameter(name="*", group="Videos")]
 Views = Annotated[
     tuple[int, int], Parameter(help="Of a video: windows, and crops of each, whose outputs are averaged.")
@@ -253,20 +254,25 @@ def predict(
     /,
     *,
     top: int = 5,
+    views: Views = (4, 3),
+    frame_fps: FrameFps = None,
     on_error: OnError = "skip",
     json: Json = False,
 ) -> None:
-    """Label pictures: files, or folders of them. MODEL is a saved folder, or the name of a model with weights.
+    """Label pictures, or videos where the model takes clips: files, or folders of them.
+
+    MODEL is a saved folder, or the name of a model with weights.
 
     Example: `tokenlearner predict runs/photos holiday.jpg`
     """
-    from tokenlearner.data.images import Damaged, damaged_entries, find_images
+    from tokenlearner.data.images import Damaged, damaged_entries
+    from tokenlearner.evaluation.predict import find_inputs
     from tokenlearner.evaluation.predict import predict as run
     from tokenlearner.models import open_trained
 
     loaded = open_trained(model)
-    found = [path for file in files for path in find_images(file)]
-    predictions = list(run(loaded, found, top=top, on_error=on_error))
+    found = find_inputs(loaded, files, frame_fps)
+    predictions = list(run(loaded, found, top=top, on_error=on_error, views=views))
     damaged = damaged_entries(Damaged(p.file, p.error) for p in predictions if p.error)
     if damaged["count"] == len(predictions):
         warn_damaged(damaged)
@@ -373,28 +379,39 @@ def maps(
     output: Annotated[Path, Parameter(help="Folder for the sheets.")] = Path("maps"),
     layer: Annotated[int | None, Parameter(help="With several TokenLearners, the layer of the one to draw.")] = None,
     columns: Annotated[int, Parameter(help="Pictures on a sheet.")] = 8,
+    frame_fps: FrameFps = None,
     on_error: OnError = "skip",
     json: Json = False,
 ) -> None:
     """Draw what each token looks at: a column a picture, a row a token.
 
+    Of every video, where the model takes clips: a sheet of its frames, and a film of each frame beside its maps.
+
     Example: `tokenlearner maps runs/photos holiday.jpg --output maps`
     """
-    from tokenlearner.data.images import find_images
-    from tokenlearner.evaluation.predict import write_sheets
+    from tokenlearner.evaluation.clips import takes_clips
+    from tokenlearner.evaluation.films import write_films
+    from tokenlearner.evaluation.predict import find_inputs, write_sheets
     from tokenlearner.models import open_trained
 
     loaded = open_trained(model)
-    found = [path for file in files for path in find_images(file)]
-    sheets = write_sheets(loaded, found, output, layer=layer, columns=columns, on_error=on_error)
+    found = find_inputs(loaded, files, frame_fps)
+    draw: Any = write_films if takes_clips(loaded) else write_sheets
+    document = draw(loaded, found, output, layer=layer, columns=columns, on_error=on_error).to_dict()
 
     def table() -> None:
-        print_table(
-            ("sheet", "pictures"), [(str(s.path), ", ".join(Path(f).name for f in s.files)) for s in sheets.sheets]
-        )
-        warn_damaged(sheets.to_dict()["damaged"])
+        rows: list[tuple[str, ...]]
+        if "films" in document:
+            rows = [(film["sheet"], film["video"], film["file"]) for film in document["films"]]
+            print_table(("sheet", "film", "video"), rows)
+        else:
+            rows = [
+                (sheet["path"], ", ".join(Path(file).name for file in sheet["files"])) for sheet in document["sheets"]
+            ]
+            print_table(("sheet", "pictures"), rows)
+        warn_damaged(document["damaged"])
 
-    show(sheets.to_dict(), json, table)
+    show(document, json, table)
 
 
 @app.command(name="data")
@@ -481,7 +498,7 @@ def show(document: Any, as_json: bool, table: Callable[[], None]) -> None:
 
 
 def print_models(summary: dict[str, Any], last: str) -> None:
-    from tokenlearner.inspection.summary import COLUMNS, ModelResult, cells
+    from tokenlearner.inspection.summary import ModelResult, cells, columns
 
     models = [
         ModelResult(
@@ -489,7 +506,7 @@ def print_models(summary: dict[str, Any], last: str) -> None:
         )
         for row in summary["models"]
     ]
-    print_table(COLUMNS, [cells(model, models[0]) for model in models])
+    print_table(columns(models), [cells(model, models[0]) for model in models])
     warn_damaged(summary.get("damaged"))
     if init := summary.get("init"):
         print(f"from {init['from']}: {len(init['new'])} tensors new, {len(init['unused'])} left out (see summary.json)")

@@ -1,7 +1,8 @@
-"""Labels and probabilities of a model whose answers are known, and the sheets of a small ViT's maps."""
+"""Labels and probabilities of models whose answers are known, and the sheets of a small ViT's maps."""
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from by_colour import SHARPNESS, STEP, by_colour, draw, level, nearest
@@ -9,6 +10,8 @@ from PIL import Image
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
+from tokenlearner.data.videos import FrameFolder
+from tokenlearner.data.write_video import write_video
 from tokenlearner.errors import InputError
 from tokenlearner.evaluation import predict as module
 from tokenlearner.evaluation.predict import predict, write_sheets
@@ -74,6 +77,70 @@ def test_a_model_that_does_not_say_how_images_are_prepared(files):
             use()
 
 
+# ---- videos
+
+
+class ByBrightness(nn.Module):
+    """Says light the more surely the brighter the clip is; ``sizes`` are those of the batches it was given."""
+
+    takes_clips = True
+    label_names = ("dark", "light")
+    preprocessing = Preprocessing((3, 24, 24), (0.0,) * 3, (1.0,) * 3, crop_pct=1.0, frames=2, fps=10.0)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.sizes.append(len(x))
+        assert x.shape[1:] == (3, 2, 24, 24)
+        light = 20 * (x.mean((1, 2, 3, 4)) - 0.45)
+        return torch.stack([-light, light], dim=1)
+
+
+@pytest.fixture
+def videos(tmp_path) -> list[Path | FrameFolder]:
+    """60 frames of levels 0, 4, …, 236 in two seconds; text; the same frames as pictures, whole and one damaged."""
+    frames = [Image.new("L", (32, 24), 4 * i) for i in range(60)]
+    for name in ("whole", "broken"):
+        (tmp_path / name).mkdir()
+        for i, frame in enumerate(frames):
+            frame.save(tmp_path / name / f"{i}.png")
+    (tmp_path / "broken" / "40.png").write_text("damaged")
+    (tmp_path / "text.mp4").write_text("damaged")
+    folders = [FrameFolder(tmp_path / name, 30) for name in ("whole", "broken")]
+    clip = write_video(frames, tmp_path / "clip.mp4", 30).rename(tmp_path / "clip.odd")
+    return [clip, tmp_path / "text.mp4", *folders]
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 32])
+def test_a_video_gets_the_mean_of_its_views(videos, batch_size):
+    """Windows at 0.45 s and 1.35 s show the frames 13 and 16, 40 and 43, of which the mean is 28."""
+    model = ByBrightness()
+    found = list(predict(model, videos, batch_size=batch_size, views=(2, 2)))
+    assert [prediction.file for prediction in found] == [str(video) for video in videos]
+    light = 1 / (1 + np.exp(-2 * 20 * (28 * 4 / 255 - 0.45)))
+    for prediction in (found[0], found[2]):
+        assert [name for name, _ in prediction.labels] == ["dark", "light"]
+        assert dict(prediction.labels)["light"] == pytest.approx(light, abs=0.02)
+    assert found[1].error.startswith("no video of a known format")
+    assert found[3].error.startswith("40.png: not an image")
+    assert max(model.sizes) <= batch_size
+    assert sum(model.sizes) == 2 * 4
+
+
+def test_raise_comes_at_the_damaged_video(videos):
+    with pytest.raises(InputError, match=r"text\.mp4: no video"):
+        list(predict(ByBrightness(), videos, on_error="raise"))
+
+
+def test_models_are_not_given_what_they_do_not_take(videos, files):
+    with pytest.raises(InputError, match="takes images, and these are videos"):
+        list(predict(by_colour(NAMES), videos[2:]))
+    with pytest.raises(InputError, match="takes clips, and these are images"):
+        write_sheets(ByBrightness(), files, files[0].parent)
+
+
 # ---- sheets
 
 
@@ -120,6 +187,7 @@ def test_what_no_sheet_can_be_drawn_of(files, tmp_path, vit, drawn):
     for model, paths, options, reason in (
         (vit, files, {"layer": 0}, "no TokenLearner at layer 0; there is one at 1, 2"),
         (vit, files, {"columns": 0}, "columns must be at least 1, not 0"),
+        (vit, [], {}, "none of the 0 files could be read$"),
         (vit, [files[4]], {}, r"none of the 1 files could be read; the first: .*4\.png: the file is empty"),
         (vit, files, {"on_error": "raise"}, r"1\.png: not an image"),
         (plain, files, {}, "no TokenLearner"),

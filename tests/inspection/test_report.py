@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -12,8 +13,8 @@ import torch
 from PIL import Image
 
 from tokenlearner.inspection.cost import describe_tokens
-from tokenlearner.inspection.report import Look, draw_curves, write_report
-from tokenlearner.inspection.summary import COLUMNS, ModelResult, cells, count, write_summary
+from tokenlearner.inspection.report import FilmLook, Look, draw_curves, write_report
+from tokenlearner.inspection.summary import ModelResult, cells, columns, count, write_summary
 
 PLAIN = ModelResult(
     name="plain",
@@ -51,7 +52,13 @@ TABLE = [
 
 def test_cells():
     assert [cells(result, PLAIN) for result in (PLAIN, FEW)] == TABLE
-    assert len(COLUMNS) == len(TABLE[0])
+    assert len(columns([PLAIN])) == len(TABLE[0])
+
+
+def test_columns_say_what_is_counted():
+    assert columns([PLAIN, FEW])[3:5] == ("MACs / image", "images/s")
+    of_clips = columns([replace(PLAIN, inputs="clips")])
+    assert of_clips == ("model", "accuracy", "parameters", "MACs / clip", "clips/s", "tokens per layer")
 
 
 @pytest.mark.parametrize(
@@ -91,6 +98,7 @@ def test_summary_is_what_it_returns(tmp_path):
         "name": "plain",
         "accuracy": 0.97561,
         "metric": "accuracy",
+        "inputs": "images",
         "parameters": 1_234_567,
         "macs": 8_000_000_000,
         "flops": 16_000_000_000,
@@ -122,7 +130,7 @@ def texts(page: str, wanted: str) -> list[str]:
 
 def test_the_table_is_the_results(tmp_path):
     page = write_report(tmp_path / "new" / "report.html", "Title", "Lead", [PLAIN, FEW]).read_text(encoding="utf-8")
-    assert texts(page, "th") == list(COLUMNS)
+    assert texts(page, "th") == list(columns([PLAIN]))
     assert texts(page, "td") == [cell for row in TABLE for cell in row]
     accuracy, loss = (ElementTree.fromstring(svg) for svg in re.findall("<svg.*?</svg>", page, re.DOTALL))
     assert {"held-out accuracy, %", "80", "plain", "<few> & 'so'"} <= {text.text for text in accuracy.iter(SVG_TEXT)}
@@ -151,6 +159,27 @@ def test_looks_are_the_pictures_and_their_maps(tmp_path):
     embedded = [Image.open(io.BytesIO(base64.b64decode(source.partition("base64,")[2]))) for source in sources]
     assert [(image.size, image.getpixel((1, 1))) for image in embedded] == [((4, 6), colour) for colour in colours]
     assert texts(page, "figcaption") == ["cat, is dog", "token 1", "token 2"]
+    assert "Held-out images." in page
+
+
+def test_films_and_their_sheets_are_in_the_page_itself(tmp_path):
+    (tmp_path / "film.mp4").write_bytes(b"film")
+    (tmp_path / "sheet.png").write_bytes(b"sheet")
+    film = FilmLook(tmp_path / "film.mp4", tmp_path / "sheet.png", "'up' & on, is <down>")
+    clips = replace(PLAIN, inputs="clips")
+    page = write_report(tmp_path / "r.html", "t", "l", [clips], films=[film, film]).read_text()
+    assert texts(page, "th")[3:5] == ["MACs / clip", "clips/s"]
+    labels = [attributes["data-label"] for tag, attributes, _ in parts_of(page) if tag == "td"]
+    assert labels == list(columns([clips]))
+    videos, images = (
+        [attributes for tag, attributes, _ in parts_of(page) if tag == wanted] for wanted in ("video", "img")
+    )
+    assert [video["src"] for video in videos] == [f"data:video/mp4;base64,{base64.b64encode(b'film').decode()}"] * 2
+    assert [image["src"] for image in images] == [f"data:image/png;base64,{base64.b64encode(b'sheet').decode()}"] * 2
+    assert all({"controls", "loop", "muted", "playsinline"} <= set(video) for video in videos)
+    assert texts(page, "figcaption") == ["'up' & on, is <down>"] * 2
+    assert page.count("What each token looks at") == 1
+    assert "Held-out clips." in page
 
 
 # ---- curves

@@ -21,7 +21,7 @@ from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
 from tokenlearner.insertion.saving import write_whole
-from tokenlearner.inspection.summary import COLUMNS, ModelResult, cells
+from tokenlearner.inspection.summary import ModelResult, cells, columns
 
 _INK = "#010203"  # stands for the page's own text colour, which differs in the dark
 _SERIES = ("#4477aa", "#ee6677", "#228833", "#aa8800")  # Paul Tol's bright scheme: told apart by the colour-blind too
@@ -47,6 +47,11 @@ th:first-child, td:first-child { text-align: left; } th { font-weight: 600; }
         padding: .6rem; border: 1px solid var(--line); border-radius: .5rem; background: var(--soft); }
 .look figure { margin: 0; } .look img { width: 100%; display: block; border-radius: .25rem; }
 .look figcaption { font-size: .75rem; text-align: center; }
+.film { margin: 0 0 1rem; padding: .6rem; border: 1px solid var(--line); border-radius: .5rem;
+        background: var(--soft); }
+.film video { display: block; width: 100%; max-width: 30rem; height: auto; margin: 0 auto .6rem; }
+.film img { display: block; max-width: 100%; height: auto; margin: 0 auto; }
+.film video, .film img { border-radius: .25rem; } .film figcaption { text-align: center; margin-bottom: .4rem; }
 footer { margin: 2rem 0 1rem; font-size: .85rem; opacity: .8; }
 """
 
@@ -60,6 +65,17 @@ class Look:
     overlays: Sequence[Image.Image]
 
 
+@dataclass(frozen=True)
+class FilmLook:
+    """One clip, what the model made of it, and where each token looks in it: a film, and a sheet of some frames."""
+
+    video: Path
+    """An MPEG-4 file, which shows each frame and then its maps, row by row."""
+    sheet: Path
+    """A PNG file."""
+    caption: str
+
+
 def write_report(
     path: Path,
     title: str,
@@ -67,11 +83,21 @@ def write_report(
     results: Sequence[ModelResult],
     looks: Sequence[Look] = (),
     footer: str = "",
+    films: Sequence[FilmLook] = (),
 ) -> Path:
-    """Writes the page to ``path`` and returns it."""
-    first = results[0]
-    rows = "".join(f"<tr>{_row(result, first)}</tr>" for result in results)
-    head = "".join(f"<th>{html.escape(column)}</th>" for column in COLUMNS)
+    """Writes the page to ``path`` and returns it.
+
+    Args:
+        path: Of the page; its folder is made if it is not there.
+        title, lead: The heading and the sentence under it.
+        results: One a model, at least one; the first is what the others are compared with.
+        looks: Of held-out images, in the order in which they are shown.
+        footer: The last line.
+        films: Of held-out clips; their files are copied into the page, which needs them no more.
+    """
+    first, titles = results[0], columns(results)
+    rows = "".join(f"<tr>{_row(titles, cells(result, first))}</tr>" for result in results)
+    head = "".join(f"<th>{html.escape(column)}</th>" for column in titles)
     key = "val_accuracy" if first.metric == "accuracy" else "val_map"
     curves = "".join(
         draw_curves(
@@ -84,11 +110,9 @@ def write_report(
         f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>',
         f'<h2>Training</h2><div class="curves">{curves}</div>',
     ]
-    if looks:
-        body.append(
-            "<h2>What each token looks at</h2><p>Held-out images. Brighter means the token takes more from there; "
-            "each map is scaled to its own maximum.</p>" + "".join(map(_look, looks))
-        )
+    if looks or films:
+        body.append(f"<h2>What each token looks at</h2><p>{_intro(bool(films))}</p>")
+        body += [*map(_look, looks), *map(_film, films)]
     page = (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>'
         f'<meta name="viewport" content="width=device-width, initial-scale=1"><style>{_STYLE}</style></head>'
@@ -99,10 +123,10 @@ def write_report(
     return path
 
 
-def _row(result: ModelResult, first: ModelResult) -> str:
+def _row(titles: Sequence[str], row: Sequence[str]) -> str:
     return "".join(
-        f'<td data-label="{html.escape(column)}">{html.escape(cell)}</td>'
-        for column, cell in zip(COLUMNS, cells(result, first))
+        f'<td data-label="{html.escape(title)}">{html.escape(cell)}</td>'
+        for title, cell in zip(titles, row, strict=True)
     )
 
 
@@ -133,6 +157,16 @@ def draw_curves(series: Mapping[str, Sequence[tuple[float, float]]], label: str)
     return svg[svg.index("<svg") :].replace(_INK, "currentColor")
 
 
+def _intro(films: bool) -> str:
+    told = "Brighter means the token takes more from there; each map is scaled to its own maximum"
+    if not films:
+        return f"Held-out images. {told}."
+    return (
+        f"Held-out clips. {told}. A film shows the frame and then the map of each token in order, row by row; frames "
+        "that the model reads together share their maps."
+    )
+
+
 def _look(look: Look) -> str:
     shown = [(look.picture, look.caption), *((o, f"token {i + 1}") for i, o in enumerate(look.overlays))]
     inner = "".join(
@@ -142,7 +176,21 @@ def _look(look: Look) -> str:
     return f'<div class="look">{inner}</div>'
 
 
+def _film(film: FilmLook) -> str:
+    caption = html.escape(film.caption)
+    video, sheet = _encoded("video/mp4", film.video.read_bytes()), _encoded("image/png", film.sheet.read_bytes())
+    return (
+        f'<figure class="film"><figcaption>{caption}</figcaption>'
+        f'<video controls loop muted playsinline aria-label="{caption}" src="{video}"></video>'
+        f'<img alt="" src="{sheet}"></figure>'
+    )
+
+
 def _data_uri(image: Image.Image) -> str:
     buffer = io.BytesIO()
     image.save(buffer, format="PNG", optimize=True)
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return _encoded("image/png", buffer.getvalue())
+
+
+def _encoded(kind: str, content: bytes) -> str:
+    return f"data:{kind};base64,{base64.b64encode(content).decode()}"

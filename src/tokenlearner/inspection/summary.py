@@ -7,7 +7,7 @@ import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -17,8 +17,8 @@ from tokenlearner.inspection.cost import describe_tokens
 
 @dataclass(frozen=True)
 class ModelResult:
-    """One trained model. ``accuracy`` is a share (0 to 1) of held-out images, or whatever else ``metric`` names;
-    ``macs`` are for one image.
+    """One trained model. ``accuracy`` is a share (0 to 1) of held-out images or clips, or whatever else ``metric``
+    names; ``macs`` are for one image or clip.
     """
 
     name: str
@@ -26,12 +26,14 @@ class ModelResult:
     parameters: int
     macs: int
     images_per_second: float
+    """Clips, where ``inputs`` says so."""
     tokens_per_layer: tuple[int, ...]
     images_per_second_spread: float = 0.0
     speedup: float = 1.0
     """Median over rounds of this model's images per second over the first model's in the same round."""
     train_seconds: float = 0.0
     metric: str = "accuracy"
+    inputs: Literal["images", "clips"] = "images"
     history: Sequence[Mapping[str, float]] = field(default=(), repr=False)
 
     def to_dict(self) -> dict[str, Any]:
@@ -39,6 +41,7 @@ class ModelResult:
             "name": self.name,
             "accuracy": self.accuracy,
             "metric": self.metric,
+            "inputs": self.inputs,
             "parameters": self.parameters,
             "macs": self.macs,
             "flops": 2 * self.macs,
@@ -50,11 +53,17 @@ class ModelResult:
         }
 
 
-# Column titles and cells of the table that ends every run, for the terminal and the report alike.
-COLUMNS = ("model", "accuracy", "parameters", "MACs / image", "images/s", "tokens per layer")
+def columns(results: Sequence[ModelResult]) -> tuple[str, ...]:
+    """Titles of the table that ends every run, for the terminal and the report alike; ``results`` share their inputs.
+
+    There is always at least one result.
+    """
+    inputs = results[0].inputs
+    return "model", "accuracy", "parameters", f"MACs / {inputs.removesuffix('s')}", f"{inputs}/s", "tokens per layer"
 
 
 def cells(result: ModelResult, first: ModelResult) -> tuple[str, ...]:
+    """A row of that table: what ``result`` came to, and its MACs and speed beside those of ``first``."""
     macs, speed = count(result.macs), f"{result.images_per_second:,.0f}"
     if result is not first:
         macs += f" ({result.macs / first.macs:.2f}×)"

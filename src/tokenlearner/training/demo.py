@@ -21,7 +21,7 @@ from tokenlearner.inspection.report import write_report
 from tokenlearner.inspection.speed import measure_speed
 from tokenlearner.inspection.summary import hardware, write_summary
 from tokenlearner.training.fit import result_of
-from tokenlearner.training.looks import looks_at
+from tokenlearner.training.looks import looks_at, one_of_each
 from tokenlearner.training.recipe import OptimizerRecipe, Recipe, check_recipe
 from tokenlearner.training.side_by_side import fit_each
 
@@ -89,7 +89,7 @@ def demo(
     )
     speeds = {s.name: s for s in measure_speed(models, data.test.images[:64])}
     results = [result_of(name, model, fits[name], speeds[name], size) for name, model in models.items()]
-    shown = _one_of_each(data.test.labels)
+    shown = one_of_each(data.test.labels)
     _save_pictures(data, shown, output / "pictures")
     looks = looks_at(
         models["tokenlearner"], data.test.images[shown], data.test.labels[shown], digits.PREPROCESSING, digits.CLASSES
@@ -108,10 +108,6 @@ def demo(
     return write_summary(
         output / "summary.json", seconds, results, data="sklearn digits", held_out=len(data.test), seed=seed
     )
-
-
-def _one_of_each(labels: torch.Tensor) -> list[int]:
-    return [int((labels == digit).nonzero()[0]) for digit in labels.unique()]
 
 
 def _save_pictures(data: digits.Digits, shown: list[int], folder: Path) -> None:

@@ -249,6 +249,7 @@ def result_of(name: str, model: nn.Module, fitted: Fitted, speed: Speed, input_s
         name=name,
         accuracy=fitted.accuracy,
         metric=fitted.metric,
+        inputs="clips" if len(input_size) == 4 else "images",
         parameters=counted.parameters,
         macs=counted.macs,
         images_per_second=speed.images_per_second,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -19,8 +19,7 @@ from tokenlearner.data.sources import ImageData, held_out_names, name_of, read_i
 from tokenlearner.errors import InputError
 from tokenlearner.evaluation.clips import clip_transform, takes_clips
 from tokenlearner.insertion.saving import Preprocessing
-from tokenlearner.inspection.report import Look
-from tokenlearner.training.looks import looks_at
+from tokenlearner.training.looks import film_looks, looks_at
 from tokenlearner.training.recipe import AugmentRecipe, Recipe
 
 
@@ -84,15 +83,24 @@ class Material:
             ClipFiles(self.data.val, prepare, views=recipe.clip.views, **window),
         )
 
-    def looks(self, model: nn.Module, val_set: Dataset[Any], preprocessing: Preprocessing) -> Sequence[Look]:
-        """Eight held-out images, spread over the classes."""
-        if self.clips:
-            return ()
+    def looks(
+        self, model: nn.Module, val_set: Dataset[Any], preprocessing: Preprocessing, folder: Path, most: int = 8
+    ) -> dict[str, Any]:
+        """What each token looks at in held-out images or clips, spread over the classes, as ``write_report`` takes it.
+
+        Of clips half as many, as sheets and films in ``folder``.
+        """
+        most = most // 2 if self.clips else most
         count = len(self.data.val)
-        batch = collate([val_set[i] for i in range(0, count, max(1, count // 8))])
+        batch = collate([val_set[i] for i in range(0, count, max(1, count // most))])
         if not len(batch.labels):
-            return ()
-        return looks_at(model, batch.images[:8], batch.labels[:8], preprocessing, self.data.train.classes)
+            return {}
+        shown = batch.images[:most], batch.labels[:most]
+        names = self.data.train.classes
+        if not self.clips:
+            return {"looks": looks_at(model, *shown, preprocessing, names)}
+        clips = shown[0][:, shown[0].shape[1] // 2]  # one view of each
+        return {"films": film_looks(model, clips, shown[1], preprocessing, names, folder)}
 
 
 def read_material(data: Path, recipe: Recipe, listing: Listing | None = None) -> Material:

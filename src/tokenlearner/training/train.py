@@ -18,7 +18,7 @@ from tokenlearner.data.clip_sources import Listing
 from tokenlearner.data.clips import LabelledClips
 from tokenlearner.data.images import HELD_OUT, OnError, damaged_entries
 from tokenlearner.errors import InputError
-from tokenlearner.insertion.insert import insertion_of
+from tokenlearner.insertion.insert import insertion_of, learners
 from tokenlearner.insertion.saving import Preprocessing, save, write_whole
 from tokenlearner.inspection.report import write_report
 from tokenlearner.inspection.speed import measure_speed
@@ -105,20 +105,22 @@ def train(
     )
     if not is_first:
         return {}
-    name = "tokenlearner" if insertion_of(model) else "plain"
+    name = "tokenlearner" if learners(model) else "plain"
     shape = preprocessing.model_input
     speed = measure_speed({name: model}, torch.randn(min(16, recipe.batch_size), *shape), rounds=5)[0]
     result = result_of(name, model, fitted, speed, shape)
     seconds = time.perf_counter() - start
-    spec = insertion_of(model)
+    spec, own = insertion_of(model), learners(model)
+    learned = spec.describe() if spec else f"tokens learned in {len(own)} of its blocks" if own else "no tokens learned"
+    has_maps = any(learner.kind != "average" for learner in own.values())
     write_report(
         output / "report.html",
         f"{model_name(recipe)} on {Path(data).name}",
-        f"{len(images.train):,} {material.noun} to learn from, {len(images.val):,} held out, {len(classes)} classes"
-        + (f"; {spec.describe()}." if spec else "; no tokens learned."),
+        f"{len(images.train):,} {material.noun} to learn from, {len(images.val):,} held out, {len(classes)} classes; "
+        f"{learned}.",
         [result],
-        material.looks(model, val_set, preprocessing) if spec and spec.kind != "average" else (),
-        f"tokenlearner train, seed {recipe.seed}, {recipe.epochs} epochs, {seconds:.0f} s on {hardware()}.",
+        footer=f"tokenlearner train, seed {recipe.seed}, {recipe.epochs} epochs, {seconds:.0f} s on {hardware()}.",
+        **(material.looks(model, val_set, preprocessing, output / "maps") if has_maps else {}),
     )
     started = {"init": {"from": recipe.init, "new": list(loaded.kept), "unused": list(loaded.unused)}} if loaded else {}
     return write_summary(

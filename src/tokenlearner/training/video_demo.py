@@ -6,32 +6,31 @@ averaged over the frames, which can only guess.
 
 from __future__ import annotations
 
+import functools
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
 import torch
 from einops import rearrange
-from jaxtyping import Float
 from PIL import Image
 from timm.layers import build_sincos2d_pos_embed
-from torch import Tensor, nn
+from torch import nn
 
 from tokenlearner.data import moving_digits
 from tokenlearner.data.write_video import write_video
-from tokenlearner.insertion.insert import attention_maps, insert
+from tokenlearner.insertion.insert import insert
 from tokenlearner.insertion.saving import Preprocessing, save
-from tokenlearner.inspection.maps import draw_sheet, overlay, picture_of
-from tokenlearner.inspection.report import Look, write_report
+from tokenlearner.inspection.report import write_report
 from tokenlearner.inspection.speed import measure_speed
 from tokenlearner.inspection.summary import hardware, write_summary
 from tokenlearner.models.frame_average import FrameAverageViT
 from tokenlearner.models.vivit import ViViT
 from tokenlearner.training.fit import result_of
-from tokenlearner.training.looks import caption
+from tokenlearner.training.looks import film_looks, one_of_each
 from tokenlearner.training.recipe import OptimizerRecipe, Recipe, check_recipe
 from tokenlearner.training.side_by_side import fit_each
 
@@ -43,9 +42,16 @@ SIZE: dict[str, Any] = {
     "num_classes": len(moving_digits.CLASSES),
 }
 SHAPE: dict[str, Any] = {"embed_dim": WIDTH, "depth": 4, "num_heads": 4, "class_token": False, "global_pool": "avg"}
+FPS = 4.0  # slow enough to follow the digit with the eye
 INPUT = (1, moving_digits.FRAMES, moving_digits.SIDE, moving_digits.SIDE)
 PREPROCESSING = Preprocessing(
-    (1, moving_digits.SIDE, moving_digits.SIDE), (moving_digits.MEAN,), (moving_digits.STD,), "bilinear", 1.0
+    (1, moving_digits.SIDE, moving_digits.SIDE),
+    (moving_digits.MEAN,),
+    (moving_digits.STD,),
+    "bilinear",
+    1.0,
+    frames=moving_digits.FRAMES,
+    fps=FPS,
 )
 CLIPS = 1024  # an epoch, each drawn anew
 RECIPE = Recipe(
@@ -88,9 +94,15 @@ def video_demo(
     seed: int = 0,
     log: Callable[[str], object] = print,
 ) -> dict[str, Any]:
-    """Trains the three models on moving digits, measures them, and writes report, summary, maps and models.
+    """Trains the three models on moving digits, measures them, and writes report, summary, maps, clips and models.
 
-    Returns the summary; ``log`` gets a line before each model is trained.
+    Args:
+        output: Folder for what is written.
+        epochs: How many to train; the recipe's when None.
+        seed: Of all random numbers.
+        log: Gets a line before each model is trained.
+
+    Returns the summary.
     """
     start = time.perf_counter()
     recipe = replace(RECIPE, seed=seed, epochs=RECIPE.epochs if epochs is None else epochs)
@@ -102,10 +114,6 @@ def video_demo(
         "frame_average": frame_average,
     }
 
-    def keep(model: nn.Module, folder: Path) -> None:
-        if not isinstance(model, FrameAverageViT):  # a baseline, and none that save knows
-            save(model, folder, preprocessing=PREPROCESSING, labels=moving_digits.CLASSES)
-
     models, fits = fit_each(
         builders,
         data.train,
@@ -114,13 +122,23 @@ def video_demo(
         output,
         num_classes=len(moving_digits.CLASSES),
         input_size=INPUT,
-        keep=keep,
+        keep=functools.partial(save, preprocessing=PREPROCESSING, labels=moving_digits.CLASSES),
         log=log,
     )
     clips = torch.stack([data.test[i][0] for i in range(32)])
     speeds = {s.name: s for s in measure_speed(models, clips)}
     results = [result_of(name, model, fits[name], speeds[name], INPUT) for name, model in models.items()]
-    looks = _looks(models["tokenlearner"], data.test, output / "maps")
+    shown = one_of_each(data.test.labels)
+    _save_clips(data.test, shown, output / "clips")
+    filmed = shown[::2]
+    films = film_looks(
+        models["tokenlearner"],
+        torch.stack([data.test[i][0] for i in filmed]),
+        data.test.labels[filmed],
+        PREPROCESSING,
+        moving_digits.CLASSES,
+        output / "maps",
+    )
     seconds = time.perf_counter() - start
     write_report(
         output / "report.html",
@@ -129,45 +147,20 @@ def video_demo(
         f"one of {len(moving_digits.CLASSES)} orders; scored on {len(data.test)} clips of digits not seen in training. "
         "Whoever averages over the frames can only guess.",
         results,
-        looks,
-        f"tokenlearner demo --video, seed {seed}, {recipe.epochs} epochs, {seconds:.0f} s in all on {hardware()}. "
-        f"Speed: forward passes of {speeds['plain'].batch_size} clips, median of {speeds['plain'].rounds} alternated "
-        "rounds.",
+        footer=f"tokenlearner demo --video, seed {seed}, {recipe.epochs} epochs, {seconds:.0f} s in all on "
+        f"{hardware()}. Speed: forward passes of {speeds['plain'].batch_size} clips, median of "
+        f"{speeds['plain'].rounds} alternated rounds.",
+        films=films,
     )
     return write_summary(
         output / "summary.json", seconds, results, data="moving digits", held_out=len(data.test), seed=seed
     )
 
 
-@torch.inference_mode()
-def _looks(model: nn.Module, clips: moving_digits.Clips, folder: Path, shown: int = 2) -> list[Look]:
-    """Sheet and mp4 of a few clips, in ``folder``; a look for every slice of the first."""
-    looks: list[Look] = []
-    for index in range(0, len(clips), max(1, len(clips) // shown))[:shown]:
+def _save_clips(clips: moving_digits.Clips, shown: list[int], folder: Path) -> None:
+    """Clips no model was trained on, as files for `tokenlearner predict` and `maps` to try."""
+    for index in shown:
         clip, label, _ = clips[index]
-        maps = next(iter(attention_maps(model, clip[None]).values()))[0]  # (slices, s, h, w)
-        said, true = moving_digits.CLASSES[int(model(clip[None]).argmax())], moving_digits.CLASSES[label]
-        frames = [picture_of(frame, PREPROCESSING) for frame in rearrange(clip, "c t h w -> t c h w")]
-        step = len(frames) // len(maps)
-        of_frame = maps.repeat_interleave(step, dim=0)
-        name = true.replace(" ", "-")
-        titles = [f"frame {t + 1}" for t in range(len(frames))]
-        draw_sheet(frames, of_frame, folder / f"{name}.png", titles)
-        write_video(overlaid(frames, of_frame), folder / f"{name}.mp4", fps=4)
-        looks += [
-            Look(frames[t], f"{caption(said, true)}, frame {t + 1}", [overlay(frames[t], a) for a in of_frame[t]])
-            for t in range(0, len(frames), step)
-        ]
-    return looks
-
-
-def overlaid(frames: Sequence[Image.Image], maps: Float[Tensor, "t s h w"]) -> list[Image.Image]:
-    """Each frame beside its maps, in one row."""
-    rows = []
-    for frame, of_frame in zip(frames, maps):
-        parts = [frame, *(overlay(frame, a) for a in of_frame)]
-        row = Image.new("RGB", (frame.width * len(parts), frame.height))
-        for i, part in enumerate(parts):
-            row.paste(part, (i * frame.width, 0))
-        rows.append(row)
-    return rows
+        pixels = (clip[0] * moving_digits.STD + moving_digits.MEAN).clamp(0, 1).mul(255).round().byte()
+        frames = [Image.fromarray(frame) for frame in pixels.numpy()]
+        write_video(frames, folder / f"{moving_digits.CLASSES[label]}.mp4", FPS)
