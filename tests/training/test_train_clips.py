@@ -20,6 +20,7 @@ from tokenlearner.evaluation.protocols import score
 from tokenlearner.inspection.speed import measure_speed
 from tokenlearner.training import checkpoint
 from tokenlearner.training import train as training
+from tokenlearner.training.build import build_model
 from tokenlearner.training.recipe import AugmentRecipe, ClipRecipe, OptimizerRecipe, Recipe
 from tokenlearner.training.train import train
 
@@ -120,9 +121,25 @@ def test_x2plus1d(videos, tmp_path, tokens):
     assert score(model, tmp_path, videos, workers=0, views=(1, 1))["clips"] >= 1
 
 
-def test_x2plus1d_takes_no_other_place(videos, tmp_path):
-    with pytest.raises(InputError, match="tokens and kind can be chosen, at, fuser can't"):
-        train(videos, replace(RECIPE, model="x2plus1d_micro", at=1, fuser="fuser"), tmp_path)
+@pytest.mark.parametrize(("module", "tokens"), [("Conv2D + TokenLearner", 3), ("Conv2D + MLPMixer", 0)])
+def test_the_module_of_x2plus1d(module, tokens):
+    recipe = replace(RECIPE, model="x2plus1d_micro", tokens=tokens, clip=ClipRecipe(module=module))
+    model = build_model(recipe, 2, on="meta")
+    assert model.arguments["module"] == module
+    assert {learner.num_tokens for learner in tokenlearner.learners(model).values()} == ({3} if tokens else set())
+
+
+def test_what_x2plus1d_does_not_take(videos, tmp_path):
+    recipe = replace(RECIPE, model="x2plus1d_micro", clip=ClipRecipe())
+    for change, reason in (
+        ({"at": 1, "fuser": "fuser"}, "tokens and kind can be chosen, at, fuser can't"),
+        ({"tokens": 0, "clip": ClipRecipe(module="TokenLearner")}, "'TokenLearner' learns tokens: tokens can't be 0"),
+        ({"clip": ClipRecipe(module="Conv2D + MLPMixer")}, "learns no tokens: tokens has to be 0"),
+        ({"clip": ClipRecipe(module="Conv4D")}, "no module 'Conv4D'"),
+        ({"model": "vivit_micro_patch8x2_64", "clip": ClipRecipe(module="TokenLearner")}, "clip.module is about"),
+    ):
+        with pytest.raises(InputError, match=reason):
+            train(videos, replace(recipe, **change), tmp_path / "run")
 
 
 def test_an_image_models_weights_are_inflated(videos, tmp_path):

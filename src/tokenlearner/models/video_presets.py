@@ -65,6 +65,7 @@ VIDEO_HOSTS: dict[str, VideoHost] = {
     for host in (
         *(VideoHost(size, 16, 224) for size in _WORDS),
         VideoHost("l", 14, 224),
+        VideoHost("l", 10, 220),
         VideoHost("micro", 8, 64, frames=16),
     )
 }

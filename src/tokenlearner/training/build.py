@@ -20,6 +20,7 @@ from tokenlearner.insertion.insert import insert, insertion_of
 from tokenlearner.insertion.layers import HostGrid
 from tokenlearner.insertion.saving import Preprocessing, load, read_config
 from tokenlearner.insertion.spec import Insertion
+from tokenlearner.models.bottleneck import MODULES
 from tokenlearner.models.vivit import ViViT
 from tokenlearner.models.weights import LoadedWeights, inflate, load_vit_weights, some
 from tokenlearner.models.x2plus1d import PLAIN, X2Plus1D
@@ -93,6 +94,8 @@ def _host(recipe: Recipe, num_classes: int | None, on: str) -> nn.Module:
             _check_known(recipe.init)
         if model_name(recipe).startswith(_X2PLUS1D):
             options |= _module_options(recipe)
+        elif recipe.clip.module is not None:
+            raise InputError(f"clip.module is about X(2+1)D, such as x2plus1d_m, and {model_name(recipe)} is none")
         model = _timm_model(model_name(recipe), recipe.pretrained, options, on)
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1,))[0]
     if recipe.image_size is not None and recipe.image_size % patch:
@@ -110,9 +113,12 @@ def _module_options(recipe: Recipe) -> dict[str, Any]:
             f"{recipe.model} has its TokenLearners in its last blocks: tokens and kind can be chosen, "
             f"{', '.join(set_ones)} can't"
         )
-    if recipe.tokens == 0:
-        return {"module": PLAIN}
-    return {"module": "TokenLearner", "num_tokens": recipe.tokens, "kind": recipe.kind}
+    module = recipe.clip.module or ("TokenLearner" if recipe.tokens else PLAIN)
+    learns = "tokenlearner" in MODULES.get(module, ())
+    if module in MODULES and learns != (recipe.tokens > 0):
+        asked = "learns tokens: tokens can't be 0" if learns else "learns no tokens: tokens has to be 0"
+        raise InputError(f"clip.module {module!r} {asked}")
+    return {"module": module, **({"num_tokens": recipe.tokens, "kind": recipe.kind} if learns else {})}
 
 
 def _check_known(init: str) -> None:

@@ -63,6 +63,9 @@ class ClipRecipe:
     """Windows of a clip, and crops of each, that are scored after every epoch."""
     label_by: Literal["video", "window"] = "video"
     """Whether a training clip of a timed list is of all classes of its video, or of those seen in its window."""
+    module: str | None = None
+    """Of X(2+1)D: what its last three blocks have in the middle, such as "Conv2D + TokenLearner". When not given,
+    TokenLearner, or with tokens 0 the backbone's own convolutions."""
 
 
 @dataclass
