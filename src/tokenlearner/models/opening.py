@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import difflib
+import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import safetensors
 import timm
 from torch import nn
 
@@ -41,5 +44,17 @@ def open_trained(source: str | Path, **options: Any) -> nn.Module:
     except Exception as error:
         raise InputError(f"the weights of {name} could not be fetched or used ({type(error).__name__})") from error
     model.preprocessing = Preprocessing.of(model)
+    if (rate := _frames_a_second(model)) is not None:
+        model.preprocessing = replace(model.preprocessing, fps=rate)
     model.label_names = getattr(model, "label_names", None)
     return model.eval()
+
+
+def _frames_a_second(model: Any) -> float | None:
+    """Of clips, which timm's configuration has no place for: the weights file says it, as our studies write it."""
+    file = (getattr(model, "pretrained_cfg", None) or {}).get("file")
+    if not file or not getattr(model, "takes_clips", False):
+        return None
+    with safetensors.safe_open(file, framework="pt") as weights:
+        preprocessing = (weights.metadata() or {}).get("preprocessing")
+    return json.loads(preprocessing).get("fps") if preprocessing else None
