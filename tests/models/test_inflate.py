@@ -4,6 +4,7 @@ import copy
 
 import pytest
 import torch
+import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch.testing import assert_close
@@ -31,6 +32,19 @@ def test_tubelets_of_equal_frames_are_embedded_as_the_frame(mode, tubelet):
     assert inflate(target, source.state_dict(), mode) == ((), ())
     found, expected = target.patch_embed(still(x)), source.patch_embed(x)
     assert_close(found, expected.repeat(1, 6 // tubelet, 1))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_larger_patches_of_the_same_picture_are_embedded_alike(mode):
+    """Every patch enlarged by itself, as the kernel is: FlexiViT's rule, exact when a patch grows."""
+    source, target, x = image_vit(), tiny_vivit(img_size=(32, 64), patch_size=16, tubelet_size=2), images(16, 32)
+    inflate(target, source.state_dict(), mode)
+    patches = F.unfold(x, 8, stride=8)  # (b, c·8·8, n)
+    b, _, n = patches.shape
+    small = patches.transpose(1, 2).reshape(b * n, 3, 8, 8)
+    large = F.interpolate(small, size=(16, 16), mode="bicubic", antialias=True).reshape(b, n, -1).transpose(1, 2)
+    found = target.patch_embed(still(F.fold(large, (32, 64), 16, stride=16)))
+    assert_close(found, source.patch_embed(x).repeat(1, 3, 1), rtol=1e-3, atol=1e-4)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -118,7 +118,7 @@ class DenseAlpha(nn.Module):
         return self.weight.expand(X.shape[0], -1, -1)
 
 
-class RecomputeSafeBatchNorm2d(nn.BatchNorm2d):
+class _RecomputeSafe(nn.modules.batchnorm._BatchNorm):
     """BatchNorm whose running statistics move once per step under gradient checkpointing too.
 
     Checkpointing runs the layer again during backward; the same batch must not be counted twice.
@@ -130,6 +130,14 @@ class RecomputeSafeBatchNorm2d(nn.BatchNorm2d):
             mean, var = (None if s is None else s.clone() for s in (self.running_mean, self.running_var))
             return F.batch_norm(input, mean, var, self.weight, self.bias, training=True, eps=self.eps)
         return super().forward(input)
+
+
+class RecomputeSafeBatchNorm2d(_RecomputeSafe, nn.BatchNorm2d):
+    """For maps (b, s, h, w)."""
+
+
+class RecomputeSafeBatchNorm3d(_RecomputeSafe, nn.BatchNorm3d):
+    """For clips (b, d, t, h, w)."""
 
 
 def cell_layout(h: int, w: int, cells: int) -> Grid:

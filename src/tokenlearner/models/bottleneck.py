@@ -27,8 +27,7 @@ from timm.layers import DropPath
 from timm.layers.bottleneck_attn import BottleneckAttn
 from torch import Tensor, nn
 
-from tokenlearner.core._numerics import in_recomputation
-from tokenlearner.core.alpha import Grid
+from tokenlearner.core.alpha import Grid, RecomputeSafeBatchNorm3d
 from tokenlearner.core.fuser import TokenFuser
 from tokenlearner.core.learner import Kind, TokenLearner
 from tokenlearner.core.vector import VectorAttention
@@ -89,17 +88,6 @@ _SEQUENCES = {
     "spatial": "b d t h w -> (b t) (h w) d",
     "temporal": "b d t h w -> (b h w) t d",
 }
-
-
-class RecomputeSafeBatchNorm3d(nn.BatchNorm3d):
-    """BatchNorm whose running statistics move once per step under gradient checkpointing too, as ``gate``'s does."""
-
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the base class names it
-        if self.training and in_recomputation():
-            # Copies, not None: checkpointing wants as many tensors saved for backward as the first time.
-            mean, var = (None if s is None else s.clone() for s in (self.running_mean, self.running_var))
-            return F.batch_norm(input, mean, var, self.weight, self.bias, training=True, eps=self.eps)
-        return super().forward(input)
 
 
 class Attention(nn.Module):
