@@ -11,6 +11,7 @@ from tokenlearner.errors import InputError
 from tokenlearner.training.recipe import (
     AugmentRecipe,
     ClipRecipe,
+    DistillRecipe,
     OptimizerRecipe,
     Recipe,
     check_recipe,
@@ -69,6 +70,7 @@ EVERY_FIELD = Recipe(
     optimizer=OptimizerRecipe("lamb", 0.02, 0.03, (0.5, 0.6), 4.5, "linear", 1e-7, None, 0.75),
     augment=AugmentRecipe("augmix", (0.1, 0.9), 0.25, 0.4, 0.35, 0.8, 0.9),
     clip=ClipRecipe(64, 6.5, 4, 300, (4, 3), "window", "Conv2D + TokenLearner"),
+    distill=DistillRecipe("runs/teacher", 0.5, 0.25, 4.0, 2.0),
 )
 
 
@@ -80,11 +82,12 @@ def put(folder: Path, text: str, suffix: str = ".yaml") -> Path:
 
 def plain(recipe: Recipe) -> bool:
     """Dataclass equality wants one class on both sides; parsing must leave nothing of the command line's own."""
-    return [type(part) for part in (recipe, recipe.optimizer, recipe.augment, recipe.clip)] == [
+    return [type(part) for part in (recipe, recipe.optimizer, recipe.augment, recipe.clip, recipe.distill)] == [
         Recipe,
         OptimizerRecipe,
         AugmentRecipe,
         ClipRecipe,
+        DistillRecipe,
     ]
 
 

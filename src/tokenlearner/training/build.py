@@ -21,6 +21,7 @@ from tokenlearner.insertion.layers import HostGrid
 from tokenlearner.insertion.saving import Preprocessing, load, read_config
 from tokenlearner.insertion.spec import Insertion
 from tokenlearner.models.bottleneck import MODULES
+from tokenlearner.models.opening import open_trained
 from tokenlearner.models.vivit import ViViT
 from tokenlearner.models.weights import LoadedWeights, inflate, load_vit_weights, some
 from tokenlearner.models.x2plus1d import PLAIN, X2Plus1D
@@ -249,3 +250,28 @@ def prepare_head(model: nn.Module, recipe: Recipe, loaded: LoadedWeights | None)
         for head in (getattr(model, "head", None), getattr(model, "head_dist", None)):
             if getattr(head, "bias", None) is not None:
                 nn.init.constant_(head.bias, HEAD_BIAS)  # type: ignore[union-attr]
+
+
+def open_teacher(recipe: Recipe, labels: Sequence[str], prepared: Preprocessing) -> nn.Module | None:
+    """The model ``recipe.distill`` names, or None; ``prepared`` is how images are for the model that is trained.
+
+    Raises:
+        InputError: There is no such model, it tells other classes apart than ``labels``, or wants other images.
+    """
+    if recipe.distill.teacher is None:
+        return None
+    teacher = open_trained(recipe.distill.teacher)
+    names, outputs = getattr(teacher, "label_names", None), getattr(teacher, "num_classes", None)
+    if (names is None and outputs != len(labels)) or (names is not None and tuple(names) != tuple(labels)):
+        raise InputError(
+            f"distill.teacher {recipe.distill.teacher} tells {outputs} classes apart that are not the {len(labels)} of "
+            "DATA, in their order: give one trained on the same classes"
+        )
+    own = Preprocessing.of(teacher)
+    if own and (own.input_size, own.mean, own.std) != (prepared.input_size, prepared.mean, prepared.std):
+        raise InputError(
+            f"distill.teacher {recipe.distill.teacher} wants images of {own.input_size} with mean {own.mean} and "
+            f"deviation {own.std}, the model ones of {prepared.input_size} with {prepared.mean} and {prepared.std}: "
+            "start from the teacher with init, or give one prepared alike"
+        )
+    return teacher

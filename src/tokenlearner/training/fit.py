@@ -30,6 +30,7 @@ from tokenlearner.inspection.cost import cost
 from tokenlearner.inspection.speed import Speed
 from tokenlearner.inspection.summary import ModelResult
 from tokenlearner.training.checkpoint import Progress, WholeCheckpoints, checkpoint_callbacks, read_progress
+from tokenlearner.training.distill import Distilled
 from tokenlearner.training.module import Classifier
 from tokenlearner.training.recipe import Recipe
 from tokenlearner.training.sampling import EpochBatches, Seeded
@@ -62,6 +63,7 @@ def fit(
     checkpoints: bool = False,
     resume: bool = False,
     data: str = "",
+    teacher: nn.Module | None = None,
 ) -> Fitted:
     """Trains ``model`` in place by ``recipe``; logs to ``folder/metrics.csv``; leaves it in eval mode on the CPU.
 
@@ -74,13 +76,18 @@ def fit(
         checkpoints: Keep one in ``folder/checkpoints``, after every epoch and ``recipe.checkpoint_steps`` steps.
         resume: Go on from it, if there is one, as if the run had never stopped.
         data: What identifies the data sets; a checkpoint made with other ``data`` is refused.
+        teacher: A model of the same classes to be trained towards, as ``recipe.distill`` says.
 
     Raises:
         InputError: Recipe, labels, processes or checkpoint don't go together, or the training has gone wrong.
     """
     check_run(recipe, multilabel)
     folder.mkdir(parents=True, exist_ok=True)
-    classifier = Classifier(model.train(), recipe, num_classes, multilabel=multilabel, data=data)
+    options: dict[str, Any] = {"multilabel": multilabel, "data": data}
+    if teacher is None:
+        classifier = Classifier(model.train(), recipe, num_classes, **options)
+    else:
+        classifier = Distilled(model.train(), recipe, num_classes, teacher=teacher, **options)
     progress = read_progress(folder, data) if resume else None
     world = Processes.of_torchrun()
     train_loader, val_loader = _loaders(train_set, val_set, recipe, world, progress)

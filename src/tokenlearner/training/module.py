@@ -72,11 +72,11 @@ class Classifier(L.LightningModule):
         seed_step(self.recipe.seed, self.current_epoch, batch_idx, self.global_rank)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
-        self._note_damaged(batch)
+        self.note_damaged(batch)
         size = len(batch.labels)
         if not size:
             # Other processes wait for this one's gradients; alone, Lightning skips the step.
-            return _zero_loss(self.model) if self.trainer.world_size > 1 else None
+            return zero_loss(self.model) if self.trainer.world_size > 1 else None
         images, targets = self.targets(batch.images, batch.labels)
         loss = loss_of(self.model(images), targets, self.recipe.loss)
         self.train_loss.add(loss, size)
@@ -84,7 +84,7 @@ class Classifier(L.LightningModule):
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self._note_damaged(batch)
+        self.note_damaged(batch)
         size = len(batch.labels)
         if not size:
             return
@@ -164,11 +164,11 @@ class Classifier(L.LightningModule):
         total, images = self.trainer.strategy.reduce(both, reduce_op="sum").tolist()
         return total, int(images)
 
-    def _note_damaged(self, batch: Batch) -> None:
+    def note_damaged(self, batch: Batch) -> None:
         for damaged in batch.damaged:
             self.damaged.setdefault(damaged.path, damaged)
 
 
-def _zero_loss(model: nn.Module) -> Tensor:
+def zero_loss(model: nn.Module) -> Tensor:
     """Nothing to learn from, with a gradient of zero for every parameter."""
     return torch.stack([p.sum() for p in model.parameters() if p.requires_grad]).sum() * 0.0

@@ -69,6 +69,20 @@ class ClipRecipe:
 
 
 @dataclass
+class DistillRecipe:
+    teacher: str | None = None
+    """A saved model's folder, or the name of one with weights, that this one is trained towards."""
+    labels: float = 1.0
+    """Weight of the loss on the labels beside what follows."""
+    logits: float = 1.0
+    """Weight of the distance between the two models' probabilities."""
+    temperature: float = 1.0
+    """Softens the probabilities that are compared."""
+    features: float = 0.0
+    """Weight of 1 - cosine between the features that their heads read."""
+
+
+@dataclass
 class Recipe:
     model: str | None = None
     """A timm VisionTransformer, or a model of clips such as vivit_small_patch16x2_224 or x2plus1d_m. When not given,
@@ -128,6 +142,7 @@ class Recipe:
     optimizer: OptimizerRecipe = field(default_factory=OptimizerRecipe)
     augment: AugmentRecipe = field(default_factory=AugmentRecipe)
     clip: ClipRecipe = field(default_factory=ClipRecipe)
+    distill: DistillRecipe = field(default_factory=DistillRecipe)
 
 
 def check_recipe(recipe: Recipe) -> None:
@@ -150,6 +165,12 @@ def check_recipe(recipe: Recipe) -> None:
     for name, value in (("augment.mixup", recipe.augment.mixup), ("augment.cutmix", recipe.augment.cutmix)):
         if not 0 <= value < float("inf"):
             raise InputError(f"{name} must be 0 or above, not {value}")
+    distill = recipe.distill
+    for name, weight in (("labels", distill.labels), ("logits", distill.logits), ("features", distill.features)):
+        if not 0 <= weight < float("inf"):
+            raise InputError(f"distill.{name} must be 0 or above, not {weight}")
+    if not 0 < distill.temperature < float("inf"):
+        raise InputError(f"distill.temperature must be above 0, not {distill.temperature}")
     clip = recipe.clip
     for name, count in (("frames", clip.frames), ("tubelet", clip.tubelet), ("short_side", clip.short_side)):
         if count is not None and count < 1:
@@ -178,7 +199,12 @@ def load_recipe(path: str | Path | None = None, **overrides: object) -> Recipe:
 def recipe_from_dict(values: Mapping[str, Any]) -> Recipe:
     """The recipe ``dataclasses.asdict`` and JSON made ``values`` of."""
     parts: dict[str, Any] = {name: _tuples(value) for name, value in values.items()}
-    for name, kind in (("optimizer", OptimizerRecipe), ("augment", AugmentRecipe), ("clip", ClipRecipe)):
+    for name, kind in (
+        ("optimizer", OptimizerRecipe),
+        ("augment", AugmentRecipe),
+        ("clip", ClipRecipe),
+        ("distill", DistillRecipe),
+    ):
         parts[name] = kind(**{key: _tuples(value) for key, value in parts.get(name, {}).items()})
     return Recipe(**parts)
 
@@ -211,7 +237,7 @@ def flat_recipe(recipe: Recipe) -> dict[str, Any]:
     flat: dict[str, Any] = {}
     for part in fields(recipe):
         value = getattr(recipe, part.name)
-        if isinstance(value, OptimizerRecipe | AugmentRecipe | ClipRecipe):
+        if isinstance(value, OptimizerRecipe | AugmentRecipe | ClipRecipe | DistillRecipe):
             flat |= {f"{part.name}.{key}": entry for key, entry in asdict(value).items()}
         else:
             flat[part.name] = value

@@ -23,7 +23,14 @@ from tokenlearner.insertion.saving import Preprocessing, save, write_whole
 from tokenlearner.inspection.report import write_report
 from tokenlearner.inspection.speed import measure_speed
 from tokenlearner.inspection.summary import hardware, write_summary
-from tokenlearner.training.build import DEFAULT_CLIP_MODEL, build_model, model_name, prepare_head, start_from
+from tokenlearner.training.build import (
+    DEFAULT_CLIP_MODEL,
+    build_model,
+    model_name,
+    open_teacher,
+    prepare_head,
+    start_from,
+)
 from tokenlearner.training.checkpoint import last_checkpoint, read_progress
 from tokenlearner.training.fit import Processes, check_run, fit, result_of
 from tokenlearner.training.material import Material, prepared, read_material
@@ -77,6 +84,7 @@ def train(
     preprocessing = prepared(preprocessing, model, recipe, material)
     with input_errors("augment"):
         train_set, val_set = material.datasets(recipe, preprocessing, on_error)
+    teacher = open_teacher(recipe, classes, preprocessing)
     with input_errors("optimizer"):
         build_optimizer(model, recipe.optimizer)  # fit builds its own; here it fails before a folder is written
     # Whatever fit would refuse is refused here, before a file of an earlier run is touched.
@@ -102,6 +110,7 @@ def train(
         checkpoints=True,
         resume=resume,
         data=fingerprint,
+        teacher=teacher,
     )
     if not is_first:
         return {}
