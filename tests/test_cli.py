@@ -24,7 +24,7 @@ import tokenlearner
 from tokenlearner.cli import main
 from tokenlearner.inspection.summary import ModelResult, write_summary
 
-COMMANDS = ("demo", "train", "shards", "evaluate", "predict", "cost", "maps", "paper", "data")
+COMMANDS = ("demo", "train", "shards", "evaluate", "predict", "cost", "maps", "paper", "data", "export")
 COLOURS = {"red": (210, 40, 40), "blue": (40, 60, 210)}
 TINY = ("--model", "test_vit", "--image-size", "32", "--tokens", "2", "--batch-size", "8", "--workers", "0")
 

@@ -414,6 +414,47 @@ def maps(
     show(document, json, table)
 
 
+@app.command
+def export(
+    model: Path,
+    files: Annotated[
+        list[Path] | None, Parameter(consume_multiple=True, help="Pictures or videos to compare the two on.")
+    ] = None,
+    /,
+    *,
+    output: Annotated[Path, Parameter(help="Folder for the file and preprocessing.json.")],
+    format: Annotated[  # noqa: A002
+        Literal["onnx", "pt2"], Parameter(help="onnx, or PyTorch's exported program.")
+    ] = "onnx",
+    precision: Annotated[
+        Literal["fp32", "fp16"], Parameter(help="Of weights and arithmetic; inputs and outputs stay fp32.")
+    ] = "fp32",
+    opset: Annotated[int | None, Parameter(help="onnx: version of the operators, 18 to 25.")] = None,
+    measure: Annotated[bool, Parameter(help="Time the file beside that of the host without its TokenLearner.")] = True,
+    json: Json = False,
+) -> None:
+    """Write a trained model as one file that runs without this package, once it has been seen to compute the same.
+
+    MODEL is a saved folder, or the name of a model with weights. Example:
+    `tokenlearner export runs/photos --output runs/photos-onnx`
+    """
+    from tokenlearner.export import export_model
+    from tokenlearner.models import open_trained
+
+    report = sys.stderr if json else sys.stdout
+    summary = export_model(
+        open_trained(model),
+        output,
+        format=format,
+        precision=precision,
+        inputs=files,
+        opset=opset,
+        measure=measure,
+        log=lambda line: print(line, file=report, flush=True),
+    )
+    show(summary, json, lambda: print(f"{output / summary['file']}: {summary['bytes'] / 1e6:,.1f} MB"))
+
+
 @app.command(name="data")
 def show_data(
     data: Path,

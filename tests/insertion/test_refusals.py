@@ -34,7 +34,7 @@ HOSTS = {
     "resnet": (
         lambda: timm.create_model("resnet18"),
         TypeError,
-        "takes a timm VisionTransformer as host, and ResNet",
+        r"takes a plain ViT as host, such as a timm VisionTransformer \(docs/hosts.md\), and ResNet is none",
     ),
     "module": (lambda: nn.Linear(3, 3), TypeError, "and Linear is none"),
     "compiled": (lambda: torch.compile(tiny(), backend="eager"), TypeError, "insert first, compile after"),

@@ -693,7 +693,7 @@ class OwnViT(vit.VisionTransformer):
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: timm.create_model("resnet10t"), "a timm VisionTransformer can be saved, and ResNet is none$"),
+        (lambda: timm.create_model("resnet10t"), "a plain ViT of timm can be saved, and ResNet is none$"),
         (lambda: nn.DataParallel(inserted(tiny())), "and DataParallel is none; save the model that it wraps"),
         (
             lambda: torch.compile(inserted(tiny()), backend="eager"),

@@ -182,14 +182,22 @@ def _read_avid(path: Path, listing: Listing, classes: Sequence[str] | None) -> L
     return read_avid(path, listing.videos or "", _classes_of(listing, classes), hierarchy=listing.hierarchy)
 
 
-def read_clip_data(data: Path, held_out: float, seed: int, listing: Listing | None = None) -> ClipData:
+def read_clip_data(
+    data: Path,
+    held_out: float,
+    seed: int,
+    listing: Listing | None = None,
+    classes: Sequence[str] | None = None,
+) -> ClipData:
     """Clips to train on and to evaluate on: where there is no evaluation part, a share ``held_out`` is split off.
+
+    They are of ``classes`` where these are given, of which some may have no clip.
 
     Where the evaluation list is Charades', videos without an action are left out of it, as Charades' own scores do.
     ``InputError`` for what is none of the kinds of data, a broken one, and one that can't be split.
     """
     train_part, val_part = find_clip_parts(data, listing)
-    clips = train_part.read(None)
+    clips = train_part.read(classes)
     if val_part is None:
         train, val = clips.split(held_out, seed)
         return ClipData(replace(train, missing=clips.missing), _to_score(train_part, val), data)

@@ -77,13 +77,13 @@ def _folder_part(folder: Path) -> Part:
     return Part(f"{folder.name}/", partial(read_shards if holds_shards(folder) else scan_class_folders, folder))
 
 
-def read_parts(data: Path) -> tuple[LabelledImages, LabelledImages | None]:
-    """The images of both parts, with the classes of the training part; multi-label in both if they are in one.
+def read_parts(data: Path, classes: Sequence[str] | None = None) -> tuple[LabelledImages, LabelledImages | None]:
+    """The images of both parts, of ``classes`` or else of the training part's; multi-label in both if they are in one.
 
     ``InputError`` for what is none of the kinds of data, or a broken one.
     """
     train_part, val_part = find_parts(data)
-    train = train_part.read(None)
+    train = train_part.read(classes)
     if val_part is None:
         return train, None
     val = val_part.read(train.classes)
@@ -92,12 +92,14 @@ def read_parts(data: Path) -> tuple[LabelledImages, LabelledImages | None]:
     return train, val
 
 
-def read_images(data: Path, held_out: float, seed: int) -> ImageData:
+def read_images(data: Path, held_out: float, seed: int, classes: Sequence[str] | None = None) -> ImageData:
     """Images to train on and to evaluate on: where there is no evaluation part, a share ``held_out`` is split off.
+
+    They are of ``classes`` where these are given, of which some may have no image.
 
     ``InputError`` for what is none of the kinds of data, a broken one, and one that can't be split.
     """
-    images, val = read_parts(data)
+    images, val = read_parts(data, classes)
     if val is not None:
         return ImageData(images, val, None)
     train, val = images.split(held_out, seed)

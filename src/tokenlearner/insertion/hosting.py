@@ -1,7 +1,8 @@
 """A timm ViT as data and back: how to build the same host again, proven before it is written down.
 
 A ViT knows neither the name nor all the arguments it was built with. What timm recorded is tried first, then the
-arguments are read off the instance. Our X2Plus1D, the one model here that is no ViT, keeps its arguments. Either way
+arguments are read off the instance, where it is a VisionTransformer; of other classes only those can be described that
+timm.create_model made. Our X2Plus1D, the one model here that is no ViT, keeps its arguments. Either way
 the model is built a second time on the meta device and compared with the first, module by module, so a description that
 would give another model is never saved.
 """
@@ -17,8 +18,13 @@ from typing import Any, cast
 
 import timm
 import torch
+from timm.models.beit import Beit
+from timm.models.cait import Cait
 from timm.models.deit import VisionTransformerDistilled
+from timm.models.eva import Eva
+from timm.models.naflexvit import NaFlexVit, NaFlexVitCfg
 from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer_relpos import VisionTransformerRelPos
 from torch import nn
 
 from tokenlearner.errors import InputError
@@ -33,6 +39,14 @@ _OURS = {
     "X2Plus1D": "tokenlearner.models.x2plus1d",
 }
 _ARGUMENTS = frozenset(inspect.signature(VisionTransformer).parameters) | {"pooling", "num_frames", "tubelet_size"}
+# ViTs that are no VisionTransformer, with the arguments timm may have recorded for them.
+_OTHERS: dict[str, type[nn.Module]] = {
+    kind.__name__: kind for kind in (Beit, Cait, Eva, NaFlexVit, VisionTransformerRelPos)
+}
+_ARGUMENTS_OF = {name: frozenset(inspect.signature(kind).parameters) for name, kind in _OTHERS.items()}
+# A NaFlexVit can be asked for by the name and arguments of another ViT.
+_ARGUMENTS_OF["NaFlexVit"] |= {"use_naflex", *inspect.signature(NaFlexVitCfg).parameters, *_ARGUMENTS}
+_ARGUMENTS_OF["NaFlexVit"] |= _ARGUMENTS_OF["Eva"]
 _TYPE_ROOTS = ("timm.", "torch.nn.")  # a config.json can name a module class of these packages, and no other code
 _STATE_OF_A_RUN = {"training", "grad_checkpointing", "distilled_training", "fused_attn", "token_learner_insertion"}
 
@@ -43,15 +57,22 @@ def describe_host(model: nn.Module, rebuild: Callable[[dict[str, Any]], nn.Modul
     ``rebuild`` makes all of ``model`` of a description, without numbers: host and whatever was inserted since.
 
     Raises:
-        InputError: The model is neither a timm ViT nor an X2Plus1D, or no description was found that gives the same
+        InputError: The model is neither a ViT of timm nor an X2Plus1D, or no description was found that gives the same
             model, with the first differences.
     """
     ways: tuple[Callable[[Any], dict[str, Any] | None], ...] = (_recorded, _read_off)
     if type(model).__name__ == "X2Plus1D" and type(model) is _class_of("X2Plus1D"):
         ways = (_kept,)
+    elif _OTHERS.get(type(model).__name__) is type(model):
+        ways = (_recorded_other,)
     elif not isinstance(model, VisionTransformer):
+        if any(kind.__module__.startswith("transformers.") for kind in type(model).__mro__):
+            raise InputError(
+                f"{type(model).__name__} is a model of transformers: save it with model.save_pretrained(folder), which "
+                "keeps the insertion"
+            )
         inside = "; save the model that it wraps" if hasattr(model, "_orig_mod") or hasattr(model, "module") else ""
-        raise InputError(f"a timm VisionTransformer can be saved, and {type(model).__name__} is none{inside}")
+        raise InputError(f"a plain ViT of timm can be saved, and {type(model).__name__} is none{inside}")
     bare = bare_on_meta(model)
     problems: list[str] = []
     for read in ways:
@@ -85,8 +106,10 @@ def build_host(description: dict[str, Any]) -> nn.Module:
     if not isinstance(arguments, dict):
         raise InputError(f"the host's arguments are {arguments!r}, and have to be a dictionary")
     # An X2Plus1D says itself what it doesn't take, since that depends on its module.
-    if name != "X2Plus1D" and (unknown := sorted(arguments.keys() - _ARGUMENTS)):
-        raise InputError(f"timm {timm.__version__}'s VisionTransformer has no {', '.join(unknown)}")
+    known = _ARGUMENTS_OF.get(str(name), _ARGUMENTS)
+    if name != "X2Plus1D" and (unknown := sorted(arguments.keys() - known)):
+        vit = name if name in _ARGUMENTS_OF else "VisionTransformer"
+        raise InputError(f"timm {timm.__version__}'s {vit} has no {', '.join(unknown)}")
     decoded = {key: _decode(value) for key, value in arguments.items()}
     host_class = _class_of(name)
     if architecture is None and host_class is None:
@@ -159,8 +182,23 @@ def _kept(model: Any) -> dict[str, Any]:
     return {"library": "timm", "architecture": None, "class": "X2Plus1D", "arguments": arguments}
 
 
-def _recorded(model: VisionTransformer) -> dict[str, Any] | None:
-    """The architecture and arguments timm noted when it created the model."""
+def _recorded_other(model: Any) -> dict[str, Any] | None:
+    """The architecture and arguments timm noted when it created a ViT that is no VisionTransformer."""
+    name = type(model).__name__
+    architecture = _architecture(model)
+    if architecture is None:
+        raise InputError(f"{name} can only be described by the name it has in timm; make it with timm.create_model")
+    given = getattr(model, "_model_args", {})
+    arguments = {k: v for k, v in given.items() if k in _ARGUMENTS_OF[name] and _is_plain(v)}
+    arguments |= {key: getattr(model, key) for key in ("num_classes", "in_chans", "global_pool")}
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    if size is not None:
+        arguments["img_size"] = list(size)
+    return {"library": "timm", "architecture": architecture, "class": name, "arguments": arguments}
+
+
+def _architecture(model: Any) -> str | None:
+    """The name timm itself has for the model; None where it was not made by a name of timm's."""
     architecture = (getattr(model, "pretrained_cfg", None) or {}).get("architecture")
     if architecture == "tokenlearner_vit":  # ours, and its host is an argument
         architecture = getattr(model, "_model_args", {}).get("host")
@@ -168,6 +206,14 @@ def _recorded(model: VisionTransformer) -> dict[str, Any] | None:
         return None
     if not timm.models.model_entrypoint(architecture).__module__.startswith("timm."):
         return None  # registered by other code, which need not be there when the model is loaded
+    return architecture
+
+
+def _recorded(model: VisionTransformer) -> dict[str, Any] | None:
+    """The architecture and arguments timm noted when it created the model."""
+    architecture = _architecture(model)
+    if architecture is None:
+        return None
     given = getattr(model, "_model_args", {})
     recorded = {k: v for k, v in given.items() if k in _ARGUMENTS and _is_plain(v)}
     embed: Any = model.patch_embed

@@ -18,19 +18,34 @@ from tokenlearner.core._numerics import positive_int
 from tokenlearner.core.fuser import Reproject, TokenFuser, Unpool
 from tokenlearner.core.learner import Kind, Pool, TokenLearner
 from tokenlearner.core.spacetime import NeighbourTokenLearner, WindowTokenLearner
+from tokenlearner.insertion.host import Host
+from tokenlearner.insertion.hosts import host_of
 from tokenlearner.insertion.layers import (
     FusedLayer,
     GridRecord,
     LearnTokens,
+    LeaveGrid,
     by_slice,
     drop_hooks,
     evaluating,
     input_of,
+    is_compiled,
     slices_of,
     split_prefix,
+    tokens_first,
+    unmasked,
 )
 from tokenlearner.insertion.spec import FUSERS, FuserKind, Insertion, Mix, Over, resolve_at
-from tokenlearner.insertion.timm import TimmViT, is_compiled
+
+__all__ = [
+    "attention_maps",
+    "host_of",
+    "insert",
+    "inserted_parameters",
+    "insertion_of",
+    "learners",
+    "remove",
+]
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
@@ -59,6 +74,12 @@ def insert(
     (and the prefix tokens: cls, registers, distillation, which pass around). With one, every layer from ``at`` on
     becomes TokenLearner → Transformer → fuser with residual, so the model keeps all its tokens.
 
+    A learned token has no place on the grid. What a host tells its layers about places therefore does not reach the
+    layers that run on learned tokens: rotary embeddings do not rotate them (prefix tokens are not rotated either), and
+    a relative position bias is zero between them; what it has for the class token stays. Position embeddings added
+    before the first layer are in the tokens already. Parameters that only such layers would use stay in the model and
+    get no gradient.
+
     In a video host (``ViViT``) the same learner makes ``num_tokens`` tokens of every slice of the clip, so the layers
     run on ``num_tokens`` × slices; with ``over="window"`` of every ``window`` slices, so on as many times fewer.
 
@@ -66,7 +87,8 @@ def insert(
     embedding at run time, so non-square and dynamic image sizes work.
 
     Args:
-        model: A timm ``VisionTransformer``, or :class:`tokenlearner.models.ViViT`.
+        model: A plain ViT of timm (``VisionTransformer``, ``Eva``, ``Beit``, ``VisionTransformerRelPos``, ``NaFlexVit``
+            for images, ``Cait``) or of transformers, or :class:`tokenlearner.models.ViViT`; docs/hosts.md has the list.
         num_tokens: Tokens S.
         at: An int is a layer index: ``at=6`` runs six layers on the full grid. A float in [0, 1] is a share of the
             host's own depth, rounded down: on 12 layers 0.5 is 6, 0.3 is 3. So ``at=1`` (after the first layer) and
@@ -87,7 +109,7 @@ def insert(
             the slices that share their tokens, 2 when None, of which clips must have a multiple.
 
     Raises:
-        TypeError: The model is no host we know.
+        TypeError: The model is no host we know, with the reason where it looks like one.
         ValueError: It is one, but compiled, sharded, already inserted, or dropping patches; or a size does not fit.
     """
     if (present := insertion_of(model)) is not None:
@@ -113,6 +135,11 @@ def insert(
         raise ValueError(
             f"at={at} is after the last of {layers} layers, so there is no layer to fuse; give a smaller at"
         )
+    if index == layers and all(module is not host.after_layers() for module in model.modules()):
+        raise ValueError(
+            f"at={at} is after the last of {layers} layers, and {type(model).__name__} has no module there that all "
+            "tokens pass; give a smaller at"
+        )
     spec = Insertion(num_tokens, index, depth, kind, fuser, extra_layers, pool, hidden_dim, dropout, mix, over, window)
 
     # Everything that can fail is built before the host is touched.
@@ -124,14 +151,19 @@ def insert(
     record = GridRecord()
     host.append_layers(extra)
     host.watch_grid(record)
+    host.lose_grid(index, layers, num_tokens)
+    prefix, without_grid = host.num_prefix_tokens, host.without_grid
     for i in fused:
         if fuser:
             block = host.layers()[i]
-            host.layers()[i] = FusedLayer(block, learners[i], fusers[i], host.num_prefix_tokens, record)
+            host.layers()[i] = FusedLayer(block, learners[i], fusers[i], prefix, record, without_grid)
         else:
             carrier = host.layers()[i] if i < layers else host.after_layers()
             carrier.token_learner = learners[i]
-            carrier.register_forward_pre_hook(LearnTokens(host.num_prefix_tokens, record), with_kwargs=True)
+            carrier.register_forward_pre_hook(LearnTokens(prefix, record, without_grid), with_kwargs=True)
+    if not fuser and without_grid is not unmasked:  # every layer is handed the grid's own, so each has to lose it
+        for layer in list(host.layers())[index + 1 :]:
+            layer.register_forward_pre_hook(LeaveGrid(without_grid), with_kwargs=True)
     setattr(model, _SPEC, spec)
     if not fuser:
         host.guard_intermediates(spec)
@@ -152,6 +184,9 @@ def remove(model: ModelT) -> ModelT:
     host = host_of(model)
     host.unguard_intermediates()
     host.unwatch_grid()
+    host.regain_grid()
+    for layer in host.layers():
+        drop_hooks(layer, LeaveGrid)
     for _, carrier in _carriers(model):
         if isinstance(carrier, FusedLayer):
             del carrier.token_learner, carrier.token_fuser
@@ -221,10 +256,11 @@ def attention_maps(
         raise ValueError(f"{type(model).__name__} has no TokenLearner; insert(model) one first")
     found: dict[int, Tensor] = {}
 
-    def keep_inserted(index: int, carrier: nn.Module, args: tuple[Any, ...]) -> None:
+    def keep_inserted(index: int, carrier: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         count, record = _context(carrier)
-        _, X = split_prefix(args[0], count)
-        grid = record.read(args[0], X.shape[1])
+        x = tokens_first(args, kwargs)[0][0]
+        _, X = split_prefix(x, count)
+        grid = record.read(x, X.shape[1])
         learner = cast(TokenLearner, carrier.token_learner)
         slices, frame = slices_of(X, grid)
         A = by_slice(learner, learner.maps(input_of(learner, slices, grid), frame))
@@ -245,7 +281,7 @@ def attention_maps(
         ]
     else:  # before the insertion's own, which replaces it
         handles = [
-            carrier.register_forward_pre_hook(partial(keep_inserted, index), prepend=True)
+            carrier.register_forward_pre_hook(partial(keep_inserted, index), prepend=True, with_kwargs=True)
             for index, carrier in _carriers(model)
         ]
     try:
@@ -255,17 +291,6 @@ def attention_maps(
         for handle in handles:
             handle.remove()
     return dict(sorted(found.items()))
-
-
-def host_of(model: nn.Module) -> TimmViT:
-    """The adapter for ``model``'s family.
-
-    Raises:
-        TypeError: No family we know, with what to give instead.
-    """
-    if TimmViT.fits(model):
-        return TimmViT(model)
-    raise TypeError(TimmViT.why_not(model))
 
 
 def _uncompiled(model: nn.Module) -> AbstractContextManager[object]:
@@ -291,7 +316,7 @@ def _context(carrier: nn.Module) -> tuple[int, GridRecord]:
     return hook.num_prefix_tokens, hook.record
 
 
-def _resolve_window(over: Over, window: int | None, fuser: FuserKind | None, host: TimmViT) -> int | None:
+def _resolve_window(over: Over, window: int | None, fuser: FuserKind | None, host: Host) -> int | None:
     """The window to use, after a look at whether ``over`` goes with the rest."""
     if over != "slice" and over not in _WINDOWS:
         raise ValueError(f"over is 'slice', 'neighbours' or 'window', not {over!r}")
@@ -315,7 +340,7 @@ def _resolve_window(over: Over, window: int | None, fuser: FuserKind | None, hos
     return window
 
 
-def _new_learner(spec: Insertion, host: TimmViT) -> TokenLearner:
+def _new_learner(spec: Insertion, host: Host) -> TokenLearner:
     options: dict[str, Any] = {"pool": spec.pool, "hidden_dim": spec.hidden_dim, "dropout": spec.dropout}
     if spec.window is None:
         grid = host.grid() if spec.kind == "dense" else None
@@ -324,7 +349,7 @@ def _new_learner(spec: Insertion, host: TimmViT) -> TokenLearner:
     return over_time(host.dim, spec.num_tokens, spec.kind, window=spec.window, **options)
 
 
-def _new_fuser(spec: Insertion, host: TimmViT, learner: TokenLearner) -> nn.Module:
+def _new_fuser(spec: Insertion, host: Host, learner: TokenLearner) -> nn.Module:
     if spec.fuser == "fuser":
         frames = host.slices() if spec.mix == "clip" else None
         return TokenFuser(
@@ -335,7 +360,7 @@ def _new_fuser(spec: Insertion, host: TimmViT, learner: TokenLearner) -> nn.Modu
     return Reproject(host.dim, host.num_heads)
 
 
-def _like_host(host: TimmViT, build: Any) -> Any:
+def _like_host(host: Host, build: Any) -> Any:
     """Builds a module on the host's device, in its dtype and mode."""
     parameter = next(p for p in host.layers().parameters() if p.is_floating_point())
     with torch.device(parameter.device):

@@ -31,6 +31,11 @@ HostGrid = Grid | tuple[int, int, int]  # (h, w) of an image's tokens, (slices, 
 
 OVER_TIME = (NeighbourTokenLearner, WindowTokenLearner)  # the learners that take clips, not slices one by one
 
+Arguments = tuple[tuple[Any, ...], dict[str, Any]]
+WithoutGrid = Callable[[tuple[Any, ...], dict[str, Any]], Arguments]  # see Host.without_grid
+
+TOKENS = ("x", "hidden_states")  # the names under which libraries hand a layer its tokens
+
 MOST_PENDING_INPUTS = 4096  # inputs of checkpointed layers that can wait for their backward at once
 
 
@@ -87,20 +92,29 @@ class LearnTokens:
     from by itself, by the same learner, unless that one looks over time.
     """
 
-    def __init__(self, num_prefix_tokens: int, record: GridRecord) -> None:
+    def __init__(self, num_prefix_tokens: int, record: GridRecord, without_grid: WithoutGrid) -> None:
         self.num_prefix_tokens = num_prefix_tokens
         self.record = record
+        self.without_grid = without_grid
 
-    def __call__(
-        self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-        refuse_masks(args[1:], kwargs)
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+        (x, *others), kwargs = self.without_grid(*tokens_first(args, kwargs))
         learner = module.token_learner
         assert isinstance(learner, TokenLearner)
-        prefix, X = split_prefix(args[0], self.num_prefix_tokens)
-        grid = self.record.read(args[0], X.shape[1])
+        prefix, X = split_prefix(x, self.num_prefix_tokens)
+        grid = self.record.read(x, X.shape[1])
         Z, _ = learn(learner, *slices_of(X, grid), grid)
-        return (join_prefix(prefix, Z), *args[1:]), kwargs
+        return (join_prefix(prefix, Z), *others), kwargs
+
+
+class LeaveGrid:
+    """Forward pre-hook of the layers after the one that learns: adapts what else the host hands them."""
+
+    def __init__(self, without_grid: WithoutGrid) -> None:
+        self.without_grid = without_grid
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+        return self.without_grid(*tokens_first(args, kwargs))
 
 
 class FusedLayer(nn.Module):
@@ -109,10 +123,19 @@ class FusedLayer(nn.Module):
     Args:
         block: The host's block; it keeps its own class and forward, and is called as before, on S tokens.
         learner, fuser: Become children next to the block's own (``token_learner``, ``token_fuser``).
+        num_prefix_tokens: Tokens in front of the grid's, which pass around the learner.
+        record: Where the host's patch embedding notes the grid.
+        without_grid: Adapts what else the block is handed to tokens off the grid.
     """
 
     def __init__(
-        self, block: nn.Module, learner: TokenLearner, fuser: nn.Module, num_prefix_tokens: int, record: GridRecord
+        self,
+        block: nn.Module,
+        learner: TokenLearner,
+        fuser: nn.Module,
+        num_prefix_tokens: int,
+        record: GridRecord,
+        without_grid: WithoutGrid,
     ) -> None:
         super().__init__()
         for shared in ("_parameters", "_buffers", "_modules", "_non_persistent_buffers_set"):
@@ -123,9 +146,10 @@ class FusedLayer(nn.Module):
         self.token_fuser = fuser
         self.num_prefix_tokens = num_prefix_tokens
         self.record = record
+        self.without_grid = without_grid
 
-    def forward(self, x: Float[Tensor, "b n d"], *args: Any, **kwargs: Any) -> Float[Tensor, "b n d"]:
-        refuse_masks(args, kwargs)
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        (x, *others), kwargs = self.without_grid(*tokens_first(args, kwargs))
         prefix, X = split_prefix(x, self.num_prefix_tokens)
         grid = self.record.read(x, X.shape[1])
         unpool = isinstance(self.token_fuser, Unpool)
@@ -134,13 +158,17 @@ class FusedLayer(nn.Module):
             raise ValueError(f"mix='clip' was inserted for clips of {frames} slices, and these have {grid[0]}")
         slices, frame = slices_of(X, grid)
         Z, A = learn(self.token_learner, slices, frame, grid, with_maps=unpool)
-        out = self.block(join_prefix(prefix, Z), *args, **kwargs)
-        prefix, Y = split_prefix(out, self.num_prefix_tokens)
+        out = self.block(join_prefix(prefix, Z), *others, **kwargs)
+        rest = out[1:] if isinstance(out, tuple) else None  # some libraries' layers return more than their tokens
+        prefix, Y = split_prefix(out if rest is None else out[0], self.num_prefix_tokens)
         if frames is not None:
             fused = self.token_fuser(Y, rearrange(X, "b (t n) d -> b t n d", t=grid[0]))
-            return join_prefix(prefix, rearrange(fused, "b t n d -> b (t n) d"))
-        maps = () if A is None else (A,)
-        return join_prefix(prefix, from_slices(self.token_fuser(slices_of(Y, grid)[0], slices, *maps), grid))
+            fused = rearrange(fused, "b t n d -> b (t n) d")
+        else:
+            maps = () if A is None else (A,)
+            fused = from_slices(self.token_fuser(slices_of(Y, grid)[0], slices, *maps), grid)
+        joined = join_prefix(prefix, fused)
+        return joined if rest is None else (joined, *rest)
 
     def train(self, mode: bool = True) -> FusedLayer:
         self.block.training = mode
@@ -208,12 +236,26 @@ def by_slice(learner: TokenLearner, A: Float[Tensor, "b *maps h w"]) -> Float[Te
     return rearrange(A, "b e s f h w -> b (e f) s h w") if isinstance(learner, WindowTokenLearner) else A
 
 
+def tokens_first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+    """A layer's arguments with its tokens as the first one, under whatever name it was handed them."""
+    if args:
+        return args, kwargs
+    name = next(name for name in TOKENS if name in kwargs)
+    return (kwargs[name],), {key: value for key, value in kwargs.items() if key != name}
+
+
 def split_prefix(x: Float[Tensor, "b n d"], count: int) -> tuple[Tensor | None, Tensor]:
     return (x[:, :count], x[:, count:]) if count else (None, x)
 
 
 def join_prefix(prefix: Tensor | None, tokens: Float[Tensor, "b n d"]) -> Float[Tensor, "b m d"]:
     return tokens if prefix is None else torch.cat([prefix, tokens], dim=1)
+
+
+def unmasked(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+    """:meth:`Host.without_grid` of layers that are handed nothing of the grid but masks, which are refused."""
+    refuse_masks(args[1:], kwargs)
+    return args, kwargs
 
 
 def refuse_masks(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -225,6 +267,11 @@ def refuse_masks(args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
         raise ValueError(
             "causal attention has no meaning over learned tokens, which have no order; use is_causal=False"
         )
+
+
+def is_compiled(module: nn.Module) -> bool:
+    """Whether ``module.compile()`` was called or ``module`` is what ``torch.compile`` returned."""
+    return getattr(module, "_compiled_call_impl", None) is not None or "_orig_mod" in module._modules
 
 
 @contextmanager

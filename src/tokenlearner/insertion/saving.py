@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import safetensors
 import safetensors.torch
@@ -123,8 +123,9 @@ def save(
     what the model carries as ``model.preprocessing`` and ``model.label_names``, or to its timm configuration.
 
     Raises:
-        InputError: The model can't be described so that it can be built again (no timm ViT, or changed by hand), has no
-            weights, or the number of labels is off.
+        InputError: The model can't be described so that it can be built again (no ViT of timm, changed by hand, or
+            other than a VisionTransformer and not made by ``timm.create_model``), has no weights, or the number of
+            labels is off.
     """
     folder = Path(folder)
     labels = list(labels) if labels is not None else list(getattr(model, "label_names", None) or [])
@@ -173,7 +174,9 @@ def load(folder: str | Path) -> nn.Module:
     for key, saved in saved_from.items():
         if changed := _changes(saved or {}, config[key] or {}):
             raise InputError(f"{folder / WEIGHTS} does not fit {CONFIG}: the {key} was saved with {changed}")
+    _take_dtype(model, state)
     model.load_state_dict(state, assign=True)
+    _compute_buffers(model)
     values, labels = config["preprocessing"], config["labels"]
     _check_labels(labels or [], model)
     model.preprocessing = Preprocessing.from_dict(values) if values else None  # type: ignore[assignment]
@@ -192,6 +195,29 @@ def _build(host: dict[str, Any], insertion: Mapping[str, Any] | None) -> nn.Modu
             return insert(model, **spec.to_insert_arguments())
         except (TypeError, ValueError) as error:
             raise InputError(f"{CONFIG}: the insertion does not fit the host: {error}") from error
+
+
+def _take_dtype(model: nn.Module, state: Mapping[str, Tensor]) -> None:
+    """Makes a model without numbers one of the weights' dtype, for the buffers that are not among the weights."""
+    dtypes = {t.dtype for t in state.values() if t.is_floating_point()}
+    if len(dtypes) == 1:
+        model.to(dtypes.pop())
+
+
+def _compute_buffers(model: nn.Module) -> None:
+    """Fills what no file holds because it follows from the arguments: rotations, indices of relative positions.
+
+    Raises:
+        InputError: A module has such a buffer and no way to compute it.
+    """
+    for module in model.modules():
+        missing = [name for name, buffer in module._buffers.items() if buffer is not None and buffer.is_meta]
+        for name in missing:
+            module._buffers[name] = torch.empty_like(cast(Tensor, module._buffers[name]), device="cpu")
+        if missing and not hasattr(module, "init_non_persistent_buffers"):
+            raise InputError(f"{type(module).__name__} does not say how its {', '.join(missing)} is computed")
+        if missing:
+            cast(Callable[[], None], module.init_non_persistent_buffers)()
 
 
 def _check_labels(labels: Sequence[str], model: nn.Module) -> None:

@@ -15,11 +15,11 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from tokenlearner.insertion.insert import host_of
-from tokenlearner.insertion.layers import FusedLayer, evaluating
+from tokenlearner.insertion.layers import FusedLayer, evaluating, tokens_first
 
 
 @dataclass(frozen=True)
@@ -135,10 +135,21 @@ def _parts(model: nn.Module) -> tuple[dict[str, nn.Module], dict[str, nn.Module]
         return {}, {part: module for name, child in children.items() for part, module in _blocks_of(name, child)}
     prefix = next(name for name, module in model.named_modules() if module is host.layers())
     layers = {f"{prefix}.{i}": layer for i, layer in enumerate(host.layers())}
-    parts: dict[str, nn.Module] = {}
-    for name, child in children.items():
-        parts.update(layers if child is host.layers() else {name: child})
-    return layers, parts
+    return layers, dict(_around(model, host.layers(), layers))
+
+
+def _around(
+    module: nn.Module, container: nn.Module, layers: dict[str, nn.Module], path: str = ""
+) -> Iterator[tuple[str, nn.Module]]:
+    """The layers and, from the outside in, the modules that hold none of them; in order."""
+    for child_name, child in module.named_children():
+        name = f"{path}{child_name}"
+        if child is container:
+            yield from layers.items()
+        elif any(inner is container for inner in child.modules()):
+            yield from _around(child, container, layers, f"{name}.")
+        elif any(True for _ in child.parameters()):
+            yield name, child
 
 
 def _blocks_of(name: str, module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -176,8 +187,9 @@ class _Tally:
             return hook
 
         def count(name: str) -> Callable[..., None]:
-            def hook(module: nn.Module, args: tuple[Tensor, ...]) -> None:
-                self.tokens[name] = args[0].shape[1]
+            def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                (x, *_), _ = tokens_first(args, kwargs)
+                self.tokens[name] = x.shape[1]
 
             return hook
 
@@ -187,7 +199,7 @@ class _Tally:
             handles.append(part.register_forward_hook(leave(name)))
         for name, layer in layers.items():
             inner = layer.block if isinstance(layer, FusedLayer) else layer
-            handles.append(inner.register_forward_pre_hook(count(name)))  # after the learner's
+            handles.append(inner.register_forward_pre_hook(count(name), with_kwargs=True))  # after the learner's
         try:
             yield
         finally:

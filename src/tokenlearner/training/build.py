@@ -43,15 +43,19 @@ def build_model(recipe: Recipe, num_classes: int | None, on: str = "cpu") -> nn.
     """
     model = _host(recipe, num_classes, on)
     own = insertion_of(model)  # of a model that is published with a TokenLearner
-    if recipe.tokens == 0 or isinstance(model, X2Plus1D) or (own and _insertion(recipe) == _insertion(Recipe())):
+    if (
+        recipe.tokens == 0
+        or isinstance(model, X2Plus1D)
+        or (own and insertion_arguments(recipe) == insertion_arguments(Recipe()))
+    ):
         return model
     try:
-        return insert(model, **_insertion(recipe))
+        return insert(model, **insertion_arguments(recipe))
     except (TypeError, ValueError) as error:
         raise InputError(str(error)) from error
 
 
-def _insertion(recipe: Recipe) -> dict[str, Any]:
+def insertion_arguments(recipe: Recipe) -> dict[str, Any]:
     """The arguments of ``insert``: the recipe's, or where it says nothing those of the model in init's folder."""
     names = ("tokens", "at", "kind", "fuser", "extra_layers", "mix", "over", "window")
     asked = {name: getattr(recipe, name) for name in names}

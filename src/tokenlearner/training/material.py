@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -103,18 +103,21 @@ class Material:
         return {"films": film_looks(model, clips, shown[1], preprocessing, names, folder)}
 
 
-def read_material(data: Path, recipe: Recipe, listing: Listing | None = None) -> Material:
-    """The images or clips of DATA, in a part to train on and one to be scored by.
+def read_material(
+    data: Path, recipe: Recipe, listing: Listing | None = None, classes: Sequence[str] | None = None
+) -> Material:
+    """The images or clips of DATA, in a part to train on and one to be scored by; of ``classes`` where given.
 
     Raises:
         InputError: Neither, a broken one, or one that can't be split.
     """
     if data.exists() and holds_videos(data, listing):
-        clips = read_clip_data(data, recipe.held_out, recipe.seed, listing)
+        clips = read_clip_data(data, recipe.held_out, recipe.seed, listing, classes)
         return Material(clips, "clips", lambda file: clip_name(file, data, listing))
     if listing is not None and listing != Listing():
         raise InputError(f"{data} holds pictures, and --videos, --classes, --val and --hierarchy are about videos")
-    return Material(read_images(data, recipe.held_out, recipe.seed), "images", lambda file: name_of(file, data))
+    images = read_images(data, recipe.held_out, recipe.seed, classes)
+    return Material(images, "images", lambda file: name_of(file, data))
 
 
 def prepared(preprocessing: Preprocessing, model: nn.Module, recipe: Recipe, material: Material) -> Preprocessing:

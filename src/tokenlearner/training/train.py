@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -48,6 +48,7 @@ def train(
     on_error: OnError = "skip",
     resume: bool = False,
     listing: Listing | None = None,
+    classes: Sequence[str] | None = None,
 ) -> dict[str, Any]:
     """Trains the model of ``recipe`` on the images or videos of ``data`` and returns the summary.
 
@@ -56,6 +57,8 @@ def train(
     Writes to ``output``: the model after every epoch, ``checkpoints``, ``metrics.csv``, ``recipe.json``,
     ``summary.json`` and ``report.html``. Damaged files are named and counted in the summary; ``on_error="raise"`` stops
     at the first instead.
+
+    ``classes`` fixes the outputs and their order; the data may lack some of them.
 
     ``resume`` goes on with a run that was stopped, at its last checkpoint and by its own recipe, with the losses it
     would have had; a run without a checkpoint begins anew. Under ``torchrun`` the processes share the work, the first
@@ -71,7 +74,7 @@ def train(
     elif is_first:
         _refuse_unfinished(output)
     check_recipe(recipe)
-    material = read_material(Path(data), recipe, listing)
+    material = read_material(Path(data), recipe, listing, classes)
     images = material.data
     classes = images.train.classes
     if material.clips and recipe.model is None and recipe.init is None:

@@ -1,0 +1,218 @@
+"""A trained model made cheaper: from every way to give one, by a budget, and what is refused."""
+
+import json
+from collections import OrderedDict
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.torch
+import timm
+import torch
+from PIL import Image
+
+import tokenlearner
+from tokenlearner.errors import InputError
+from tokenlearner.inspection.speed import measure_speed
+from tokenlearner.training import compress as compressing
+from tokenlearner.training import train as training
+from tokenlearner.training.compress import compress, place_for, published_labels, stand_alone
+from tokenlearner.training.foreign import model_of_checkpoint, read_checkpoint
+from tokenlearner.training.recipe import AugmentRecipe, OptimizerRecipe, Recipe
+from tokenlearner.training.train import train
+
+RECIPE = Recipe(
+    image_size=32,
+    tokens=2,
+    epochs=1,
+    batch_size=8,
+    workers=0,
+    held_out=0.5,
+    optimizer=OptimizerRecipe(lr=1e-3, warmup_epochs=0),
+    augment=AugmentRecipe(auto_augment=None, color_jitter=0.0),
+)
+
+
+@pytest.fixture(autouse=True)
+def _no_long_timing(monkeypatch) -> None:
+    for module in (training, compressing):
+        monkeypatch.setattr(module, "measure_speed", partial(measure_speed, seconds_per_round=0.001))
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "photos"
+    noise = np.random.default_rng(0)
+    for name, colour in {"blue": (40, 40, 200), "red": (200, 40, 40)}.items():
+        (folder / name).mkdir(parents=True)
+        for i in range(30):
+            pixels = np.array(colour) + noise.integers(-40, 41, (24, 24, 3))
+            Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{i:02}.png")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def host(photos, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("runs") / "host"
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(training, "measure_speed", partial(measure_speed, seconds_per_round=0.001))
+        train(photos, replace(RECIPE, model="test_vit", tokens=0, epochs=3), output)
+    return output
+
+
+def test_both_models_stand_side_by_side(photos, host, tmp_path):
+    lines = []
+    summary = compress(str(host), photos, tmp_path / "out", RECIPE, log=lines.append)
+    before, after = summary["models"]
+    assert (before["name"], after["name"]) == ("host", "tokenlearner")
+    assert before["accuracy"] == 1.0
+    assert after["macs"] < before["macs"] == tokenlearner.cost(tokenlearner.load(host), (3, 32, 32)).macs
+    assert after["accuracy"] >= 0.5
+    assert summary["insertion"]["num_tokens"] == 2
+    assert summary == json.loads((tmp_path / "out/summary.json").read_text())
+    page = (tmp_path / "out/report.html").read_text()
+    assert "host" in page
+    assert "trained for 1 epochs towards the model as it was" in page
+    assert lines[0] == f"{host}: 100.00% on 30 held-out images"
+    model = tokenlearner.load(tmp_path / "out")
+    assert (model.label_names, model.token_learner_insertion.at) == (("blue", "red"), 3)
+
+
+def test_a_checkpoint_becomes_a_folder_first(photos, host, tmp_path):
+    model = timm.create_model("test_vit", num_classes=2)
+    path = tmp_path / "last.pth.tar"
+    wrapped = OrderedDict((f"module.{key}", value) for key, value in model.state_dict().items())
+    torch.save({"state_dict": wrapped, "epoch": 3}, path)
+    folder = stand_alone(str(path), tmp_path / "host", "test_vit")
+    saved = tokenlearner.load(folder)
+    assert all(torch.equal(value, saved.state_dict()[key]) for key, value in model.state_dict().items())
+    with pytest.raises(InputError, match="is a checkpoint: say whose with --host"):
+        stand_alone(str(path), tmp_path / "host", None)
+    with pytest.raises(InputError, match="names no labels, so class folders can't be matched"):
+        compress(str(path), photos, tmp_path / "out", RECIPE, host="test_vit")
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda state: state,
+        lambda state: {"state_dict": {f"model.{key}": value for key, value in state.items()}},
+        lambda state: {"model": {f"module._orig_mod.{key}": value for key, value in state.items()}, "optimizer": {}},
+        lambda state: {
+            "state_dict": {key: torch.zeros_like(value) for key, value in state.items()},
+            "state_dict_ema": {f"module.{key}": value for key, value in state.items()},
+        },
+    ],
+    ids=["bare", "lightning", "compiled and wrapped", "averaged"],
+)
+def test_wrappers_are_taken_off(wrap, tmp_path):
+    state = timm.create_model("test_vit", num_classes=2).state_dict()
+    torch.save(wrap(state), tmp_path / "a.pt")
+    read = read_checkpoint(tmp_path / "a.pt")
+    assert read.keys() == state.keys()
+    assert all(torch.equal(value, read[key]) for key, value in state.items())
+
+
+def test_safetensors_are_read_too(tmp_path):
+    model = timm.create_model("test_vit", num_classes=7)
+    safetensors.torch.save_file(model.state_dict(), tmp_path / "a.safetensors")
+    found = model_of_checkpoint(tmp_path / "a.safetensors", "test_vit")
+    assert torch.equal(found.head.weight, model.head.weight)
+    assert not found.training
+
+
+def test_checkpoints_that_are_none(tmp_path):
+    (tmp_path / "text.pt").write_text("no weights")
+    torch.save({"epoch": 3}, tmp_path / "empty.pt")
+    torch.save({"head.weight": torch.zeros(2, 64)}, tmp_path / "other.pt")
+    for name, reason in (
+        ("gone.pt", "there is no checkpoint"),
+        ("text.pt", "can't be read as weights"),
+        ("empty.pt", "holds no weights: expected a state dict"),
+    ):
+        with pytest.raises(InputError, match=reason):
+            read_checkpoint(tmp_path / name)
+    with pytest.raises(InputError, match=r"other\.pt is not of test_vit: it lacks blocks"):
+        model_of_checkpoint(tmp_path / "other.pt", "test_vit")
+    with pytest.raises(InputError, match="timm has no model 'test_vti'"):
+        model_of_checkpoint(tmp_path / "other.pt", "test_vti")
+
+
+def test_a_model_that_guesses_is_refused_before_it_is_trained(photos, tmp_path):
+    guessing = timm.create_model("test_vit", num_classes=2, img_size=32)
+    tokenlearner.save(guessing, tmp_path / "host", labels=("blue", "red"))
+    with torch.no_grad():
+        guessing.head.weight.zero_()
+        guessing.head.bias.copy_(torch.tensor([1.0, 0.0]))
+    tokenlearner.save(guessing, tmp_path / "host", labels=("blue", "red"))
+    with pytest.raises(InputError, match=r"scores 50\.00% on 30 held-out images, where guessing gives 50\.00%"):
+        compress(str(tmp_path / "host"), photos, tmp_path / "out", RECIPE)
+    assert not (tmp_path / "out/model.safetensors").exists()
+
+
+def test_a_model_with_tokens_is_refused(photos, host, tmp_path):
+    model = tokenlearner.insert(tokenlearner.load(host), 2)
+    tokenlearner.save(model, tmp_path / "host")
+    with pytest.raises(InputError, match="already has 2 tokens"):
+        compress(str(tmp_path / "host"), photos, tmp_path / "out", RECIPE)
+
+
+def test_classes_the_model_does_not_know_are_refused(photos, host, tmp_path):
+    (tmp_path / "green").mkdir()
+    Image.new("RGB", (24, 24)).save(tmp_path / "green/a.png")
+    (tmp_path / "red").symlink_to(photos / "red")
+    with pytest.raises(InputError, match="is not one of the 2 known classes: blue, red"):
+        compress(str(host), tmp_path, tmp_path / "out", RECIPE)
+
+
+# ---- budgets
+
+
+def of_36_patches():
+    return timm.create_model("test_vit", img_size=96)
+
+
+@pytest.mark.parametrize("budget", [0.3, 0.5, 0.8])
+def test_the_last_layer_within_a_budget_of_macs(budget):
+    model = of_36_patches()
+    whole = tokenlearner.cost(model, (3, 96, 96)).macs
+    at = place_for(model, RECIPE, (3, 96, 96), macs=budget)
+
+    def share(at: int) -> float:
+        return tokenlearner.cost(tokenlearner.insert(of_36_patches(), 2, at), (3, 96, 96)).macs / whole
+
+    assert share(at) <= budget < share(at + 1)
+    assert tokenlearner.insertion_of(model) is None
+
+
+def test_a_budget_of_time_is_measured(monkeypatch):
+    """By a clock that says each layer takes as long as any other."""
+    model, asked = of_36_patches(), []
+
+    def timed(models, inputs, **options):
+        twin = models["it"]
+        asked.append(twin.token_learner_insertion.at)
+        share = 0.1 + 0.9 * twin.token_learner_insertion.at / len(twin.blocks)
+        return [None, type("Speed", (), {"ratio": 1 / share})]
+
+    monkeypatch.setattr(compressing, "measure_speed", timed)
+    assert place_for(model, RECIPE, (3, 96, 96), latency=0.6) == int((0.6 - 0.1) / 0.9 * len(model.blocks))
+    assert len(asked) <= 4
+
+
+def test_budgets_that_make_no_sense(photos, host, tmp_path):
+    model = of_36_patches()
+    with pytest.raises(InputError, match="a budget is a share of the model's own cost"):
+        place_for(model, RECIPE, (3, 96, 96), macs=1.5)
+    with pytest.raises(InputError, match="2 tokens from the first layer on still take 0"):
+        place_for(model, RECIPE, (3, 96, 96), macs=0.01)
+    with pytest.raises(InputError, match="--macs and --latency both choose the layer"):
+        compress(str(host), photos, tmp_path / "out", RECIPE, macs=0.5, latency=0.5)
+
+
+def test_imagenets_labels_are_known_by_their_number():
+    labels = published_labels(1000)
+    assert (len(labels), labels[0]) == (1000, "n01440764")
+    assert published_labels(10) is None
