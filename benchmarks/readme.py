@@ -16,6 +16,7 @@ ROOT = Path(__file__).parent.parent
 MEASURED, README = ROOT / "benchmarks/readme.json", ROOT / "README.md"
 DEMOS = {"demo": ROOT / "benchmarks/demo.json", "demo-video": ROOT / "benchmarks/demo-video.json"}
 PHOTOS = {name: ROOT / f"studies/photos/{name}/summary.json" for name in ("cifar10", "flowers")}  # by report.py there
+INTERACTIONS = ROOT / "studies/ut_interaction/summary.json"
 
 # Host, image size, batch: the sizes the project compares itself on.
 CASES = (("vit_small_patch16_224", 224, 8), ("vit_base_patch16_224", 224, 8), ("vit_base_patch16_384", 384, 4))
@@ -74,7 +75,9 @@ def tables() -> dict[str, str]:
         "demo": demo_table(demo, "digits, `make demo`", "digits"),
         "demo-video": demo_table(video, "moving digits, `tokenlearner demo --video`", "clips"),
     }
-    return {**demos, "speed": speed_table(measured), "photos": photos_table(photos)}
+    interactions = json.loads(INTERACTIONS.read_text())
+    studies = {"photos": photos_table(photos), "ut-interaction": interactions_table(interactions)}
+    return {**demos, "speed": speed_table(measured), **studies}
 
 
 def demo_table(demo: dict, title: str, what: str) -> str:
@@ -127,6 +130,26 @@ def photos_score(model: dict) -> str:
     if against is None:
         return score
     return f"{score} ({against['verdict']}: {against['difference']:+.1f}, margin {against['margin']:.1f})"
+
+
+def interactions_table(study: dict) -> str:
+    lines = ["| model | MACs a view | set 1 → 2 | set 2 → 1 | both |", "|---|---|---|---|---|"]
+    models, plain = study["models"], None
+    for name, model in models.items():
+        plain = model if not name.endswith("-tl8") else plain
+        macs = f"{model['macs'] / 1e6:.0f} M ({model['macs'] / plain['macs']:.2f}×)"
+        parts = [f"{part['top1_mean']:.1f} ± {part['top1_deviation']:.1f} %" for part in directions(model)]
+        lines.append(f"| {model['label']} | {macs} | {' | '.join(parts)} | {photos_score(model)} |")
+    (seeds,), (hardware,) = {len(m["seeds"]) for m in models.values()}, study["hardware"]
+    how = (
+        f"Top-1, mean ± sample deviation of {seeds} seeds, last epoch, {study['views']} views. In brackets "
+        f"the difference to the plain model beside its 95 % margin. {hardware}."
+    )
+    return "\n".join([*lines, "", how])
+
+
+def directions(model: dict) -> list[dict]:
+    return [model["set1_to_set2"], model["set2_to_set1"]]
 
 
 def written() -> str:

@@ -1,17 +1,25 @@
 """Trained models by folder and by name; the weights that come with the package."""
 
 import json
+from pathlib import Path
 
 import pytest
+import safetensors
 import timm
 import torch
 
 import tokenlearner
 from tokenlearner.cli import main
+from tokenlearner.data.annotations import read_clip_list
 from tokenlearner.errors import InputError
+from tokenlearner.evaluation.accuracy import evaluate
+from tokenlearner.insertion.saving import Preprocessing
 from tokenlearner.models import open_trained, presets
 
-NAMES = [key.split(".")[0] for key in presets.WEIGHTS]
+VIDEOS = Path(__file__).parents[3] / "shared/data/videos/ut_interaction"
+
+NAMES = [key.split(".")[0] for key in presets.WEIGHTS if key.endswith(".cifar10")]
+OF_CLIPS = [key for key in presets.WEIGHTS if key.endswith(".ut_interaction")]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -27,6 +35,29 @@ def test_our_weights_are_found_without_a_network_and_say_what_they_are(name, mon
         assert len(weights.read()) < 13e6
     with open(f"{file}.md", encoding="utf-8") as card:  # noqa: PTH123
         assert name in card.read()
+
+
+@pytest.mark.parametrize("key", OF_CLIPS)
+def test_weights_of_clips_say_how_fast_a_clip_is_shown(key):
+    model = open_trained(key)
+    assert (model.label_names, model.preprocessing.model_input) == (presets.WEIGHTS[key]["label_names"], (3, 8, 64, 64))
+    file = presets.__file__.replace("presets.py", f"weights/{key}.safetensors")
+    with safetensors.safe_open(file, framework="pt") as weights:
+        trained = Preprocessing.from_dict(json.loads(weights.metadata()["preprocessing"]))
+    assert model.preprocessing == trained
+    assert trained.fps == 2.5
+    assert not model.training
+    assert tokenlearner.learners(model).keys() == ({0, 1, 2} if "tokenlearner" in key else set())
+
+
+@pytest.mark.skipif(not VIDEOS.is_dir(), reason="the shared videos are not here")
+@pytest.mark.parametrize(("key", "at_least"), [*zip(OF_CLIPS, (0.7, 0.6))])
+def test_weights_of_clips_score_what_their_card_says(key, at_least):
+    """On the set they were not trained on, by one view of a clip; the cards have it by six."""
+    clips = read_clip_list(VIDEOS / "clips.csv", keep=lambda row: row["set"] == "2" and row["name"] != "other")
+    model = open_trained(key)
+    assert clips.classes == model.label_names
+    assert evaluate(model, clips, views=(1, 1), workers=0).top1 >= at_least - 0.05
 
 
 def test_a_name_with_its_tag_is_the_same_model():

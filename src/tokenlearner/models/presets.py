@@ -144,3 +144,13 @@ WEIGHTS: dict[str, dict[str, Any]] = {
     f"tokenlearner_micro4_32_{what}.cifar10": {"file": f"tokenlearner_micro4_32_{what}.cifar10.safetensors", **_CIFAR10}
     for what in ("plain", "8at2_mlp", "8at3_mlp")
 }
+# What studies/ut_interaction trains; frames and their rate stand in the files themselves.
+_UT_INTERACTION = {
+    "num_classes": 6,
+    "label_names": ("shake_hands", "hug", "kick", "point", "punch", "push"),
+    "license": "other",  # the videos are for research
+}
+WEIGHTS |= {
+    f"{name}.ut_interaction": {"file": f"{name}.ut_interaction.safetensors", **_UT_INTERACTION}
+    for name in ("x2plus1d_micro", "x2plus1d_micro_tokenlearner")
+}

@@ -174,8 +174,8 @@ class X2Plus1D(nn.Module):
 
 _M: dict[str, Any] = {"img_size": 224, "num_frames": 64}
 _MICRO: dict[str, Any] = {
-    "img_size": 96,
-    "num_frames": 16,
+    "img_size": 64,
+    "num_frames": 8,
     "widths": (16, 32, 64),
     "depths": (1, 2, 4),
     "head_width": 128,
