@@ -17,7 +17,7 @@ import tokenlearner.models
 from insertion.hosts import DEPTH, images, inserted, shake
 from tokenlearner import attention_maps, insert, remove
 from tokenlearner.insertion import inserted_parameters, learners
-from tokenlearner.insertion.hosts import adapters
+from tokenlearner.insertion.hosts import TIMM
 
 SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 32, "depth": DEPTH, "num_heads": 2, "num_classes": 5}
 NEW_KEY = re.compile("token_(learner|fuser)")  # CaiT has blocks_token_only
@@ -414,5 +414,5 @@ def test_adapters_offer_what_insertion_asks_for():
     from tokenlearner.insertion.host import Host
 
     asked = {name for name in vars(Host) if not name.startswith("_")}
-    for adapter in adapters():
+    for adapter in TIMM:
         assert asked <= set(dir(adapter)), adapter
