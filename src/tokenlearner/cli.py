@@ -549,6 +549,7 @@ def print_models(summary: dict[str, Any], last: str) -> None:
     ]
     print_table(columns(models), [cells(model, models[0]) for model in models])
     warn_damaged(summary.get("damaged"))
+    warn_missing(summary.get("missing"))
     if init := summary.get("init"):
         print(f"from {init['from']}: {len(init['new'])} tensors new, {len(init['unused'])} left out (see summary.json)")
     print(f"{summary['seconds']:.0f} s in all; {last}")

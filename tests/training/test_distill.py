@@ -4,10 +4,10 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import timm
 import torch
+from noisy_photos import draw_photos
 from PIL import Image
 from torch import nn
 
@@ -39,14 +39,7 @@ def _no_long_timing(monkeypatch) -> None:
 
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("data") / "photos"
-    noise = np.random.default_rng(0)
-    for name, colour in {"blue": (40, 40, 200), "red": (200, 40, 40)}.items():
-        (folder / name).mkdir(parents=True)
-        for i in range(10):
-            pixels = np.array(colour) + noise.integers(-40, 41, (24, 24, 3))
-            Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{i:02}.png")
-    return folder
+    return draw_photos(tmp_path_factory.mktemp("data") / "photos", 10)
 
 
 @pytest.fixture(scope="module")

@@ -8,11 +8,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import timm
 import torch
-from PIL import Image
+from noisy_photos import draw_photos
 from timm.layers import DropPath, resample_abs_pos_embed
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
@@ -56,14 +55,9 @@ def _no_long_timing(monkeypatch) -> None:
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> Path:
     """24 pictures of two classes."""
-    folder = tmp_path_factory.mktemp("data") / "photos"
-    noise = np.random.default_rng(0)
-    for name, colour in {"red": (160, 90, 90), "blue": (90, 90, 160)}.items():
-        (folder / name).mkdir(parents=True)
-        for i in range(12):
-            pixels = np.array(colour) + noise.integers(-60, 61, (24, 24, 3))
-            Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{i:02}.png")
-    return folder
+    return draw_photos(
+        tmp_path_factory.mktemp("data") / "photos", 12, {"red": (160, 90, 90), "blue": (90, 90, 160)}, 60
+    )
 
 
 def host(**changes: Any) -> VisionTransformer:

@@ -11,10 +11,9 @@ import time
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from noisy_photos import draw_photos
 
 import tokenlearner
 from tokenlearner.training import checkpoint
@@ -45,14 +44,7 @@ class StoppedError(Exception):
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> Path:
     """36 pictures of two classes."""
-    folder = tmp_path_factory.mktemp("data") / "photos"
-    noise = np.random.default_rng(0)
-    for name, colour in {"red": (200, 40, 40), "blue": (40, 40, 200)}.items():
-        (folder / name).mkdir(parents=True)
-        for i in range(18):
-            pixels = np.array(colour) + noise.integers(-40, 41, (24, 24, 3))
-            Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{i:02}.png")
-    return folder
+    return draw_photos(tmp_path_factory.mktemp("data") / "photos", 18)
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,9 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
+from noisy_photos import draw_photos
 
 import tokenlearner
 from tokenlearner.data.sharding import write_shards
@@ -31,7 +30,6 @@ RECIPE = Recipe(
     optimizer=OptimizerRecipe(lr=1e-3, warmup_epochs=0),
     augment=AugmentRecipe(auto_augment=None, color_jitter=0.0),
 )
-COLOURS = {"red": (200, 40, 40), "blue": (40, 40, 200)}
 
 
 @pytest.fixture(autouse=True)
@@ -47,14 +45,7 @@ MOVED = pytest.mark.filterwarnings("ignore:The dirpath has changed")
 @pytest.fixture(scope="module")
 def photos(tmp_path_factory) -> Path:
     """20 pictures of two classes."""
-    folder = tmp_path_factory.mktemp("data") / "photos"
-    noise = np.random.default_rng(0)
-    for name, colour in COLOURS.items():
-        (folder / name).mkdir(parents=True)
-        for i in range(10):
-            pixels = np.array(colour) + noise.integers(-40, 41, (24, 24, 3))
-            Image.fromarray(pixels.astype(np.uint8)).save(folder / name / f"{i:02}.png")
-    return folder
+    return draw_photos(tmp_path_factory.mktemp("data") / "photos", 10)
 
 
 @pytest.fixture(scope="module")
