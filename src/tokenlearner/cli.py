@@ -7,13 +7,13 @@ import json
 import os
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from cyclopts import App, CycloptsError, Parameter, Token
 
 from tokenlearner import __version__
+from tokenlearner.data.listing import Listing
 from tokenlearner.errors import InputError
 from tokenlearner.training.recipe_files import (
     AtArgument,
@@ -42,24 +42,8 @@ def input_shape(_: Any, tokens: Sequence[Token]) -> tuple[int, ...]:
     return tuple(map(int, numbers))
 
 
-@dataclass
-class VideoOptions:
-    """What a list of videos, or a folder of them, does not say itself."""
-
-    videos: Path | None = None
-    """Folder of the videos that a list of Charades, Kinetics or AViD names."""
-    classes: Path | None = None
-    """Charades' class file, or a text file with a class a line, in the order of the model's outputs."""
-    val: Path | None = None
-    """List to evaluate on, where DATA is a list to train on."""
-    hierarchy: Path | None = None
-    """AViD's hierarchy: videos are then of all classes above their own too."""
-    frame_fps: float | None = None
-    """Folders of pictures are videos of so many frames a second."""
-
-
 FrameFps = Annotated[float | None, Parameter(help="Folders of pictures are videos of so many frames a second.")]
-Listed = Annotated[VideoOptions, Parameter(name="*", group="Videos")]
+Listed = Annotated[Listing, Parameter(name="*", group="Videos")]
 Views = Annotated[
     tuple[int, int], Parameter(help="Of a video: windows, and crops of each, whose outputs are averaged.")
 ]
@@ -108,7 +92,7 @@ def train(
         bool, Parameter(negative="", help="Go on with the run in --output, by its recipe, at its last checkpoint.")
     ] = False,
     recipe: RecipeArgument = CommandLineRecipe(),  # noqa: B008 - cyclopts reads the default
-    listed: Listed = VideoOptions(),  # noqa: B008
+    listed: Listed = Listing(),  # noqa: B008
     on_error: OnError = "skip",
     json: Json = False,
 ) -> None:
@@ -121,7 +105,7 @@ def train(
     """
     from tokenlearner.training.train import train as run
 
-    summary = run(data, plain_recipe(recipe), output, on_error=on_error, resume=resume, listing=listing_of(listed))
+    summary = run(data, plain_recipe(recipe), output, on_error=on_error, resume=resume, listing=listed)
     if summary:  # one process of several writes
         show(summary, json, lambda: print_models(summary, f"model and report: {output}"))
 
@@ -192,7 +176,7 @@ def evaluate(
     l2: Annotated[float, Parameter(help="fewshot: strength of the ridge.")] = 1.0,
     seed: Annotated[int, Parameter(help="fewshot: which images are drawn.")] = 0,
     views: Views = (4, 3),
-    listed: Listed = VideoOptions(),  # noqa: B008
+    listed: Listed = Listing(),  # noqa: B008
     batch_size: Annotated[int, Parameter(help="Images or views at once.")] = 64,
     workers: int = 2,
     on_error: OnError = "skip",
@@ -223,7 +207,7 @@ def evaluate(
         on_error=on_error,
         device=device,
         views=views,
-        listing=listing_of(listed),
+        listing=listed,
     )
 
     def table() -> None:
@@ -460,7 +444,7 @@ def show_data(
     data: Path,
     *,
     output: Annotated[Path | None, Parameter(help="PNG file to draw the counts into.")] = None,
-    listed: Listed = VideoOptions(),  # noqa: B008
+    listed: Listed = Listing(),  # noqa: B008
     json: Json = False,
 ) -> None:
     """Count what a set of pictures or videos holds: classes, clips, hours, sizes, rates and damaged files.
@@ -477,7 +461,7 @@ def show_data(
     with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("files", total=None)
         document = statistics(
-            data, listing=listing_of(listed), progress=lambda done, total: bar.update(task, completed=done, total=total)
+            data, listing=listed, progress=lambda done, total: bar.update(task, completed=done, total=total)
         )
     if output is not None:
         from tokenlearner.inspection.statistics import draw_statistics
@@ -523,12 +507,6 @@ def own_input_size(model: Any) -> tuple[int, ...]:
 
     preprocessing = Preprocessing.of(model)
     return preprocessing.model_input if preprocessing else (3, 224, 224)
-
-
-def listing_of(options: VideoOptions) -> Any:
-    from tokenlearner.data.clip_sources import Listing
-
-    return Listing(**vars(options))
 
 
 def show(document: Any, as_json: bool, table: Callable[[], None]) -> None:

@@ -21,24 +21,9 @@ from tokenlearner.data.annotations import (
 )
 from tokenlearner.data.clips import LabelledClips
 from tokenlearner.data.images import IMAGE_SUFFIXES, VAL_NAMES, find_splits
+from tokenlearner.data.listing import Listing
 from tokenlearner.data.videos import VIDEO_SUFFIXES, VideoSource
 from tokenlearner.errors import InputError
-
-
-@dataclass(frozen=True)
-class Listing:
-    """What a list of videos, or a folder of them, does not say itself."""
-
-    videos: Path | None = None
-    """The folder of the videos that a list of Charades, Kinetics or AViD names."""
-    classes: Path | None = None
-    """Charades' class file, which it needs, or a file with a class a line in the order of the model's outputs."""
-    val: Path | None = None
-    """The list to evaluate on, where DATA is one to train on."""
-    hierarchy: Path | None = None
-    """AViD's hierarchy: a video is then of all classes above its own too."""
-    frame_fps: float | None = None
-    """Folders of pictures are videos of so many frames a second."""
 
 
 @dataclass(frozen=True)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -16,7 +15,6 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from tokenlearner.data.clips import ClipFiles, LabelledClips
 from tokenlearner.data.images import (
-    HELD_OUT,
     Damaged,
     ImageFiles,
     LabelledImages,
@@ -27,10 +25,16 @@ from tokenlearner.data.images import (
 )
 from tokenlearner.data.sources import find_parts, name_of
 from tokenlearner.errors import InputError
-from tokenlearner.evaluation.clips import VIEWS, Views, clip_files, logits_of, takes_clips
+from tokenlearner.evaluation.clips import (
+    VIEWS,
+    Images,
+    Views,
+    clip_files,
+    logits_of,
+    takes_clips,
+    what_training_held_out,
+)
 from tokenlearner.insertion.saving import Preprocessing
-
-Images = Literal["auto", "all", "held-out"]
 
 
 @dataclass(frozen=True)
@@ -134,14 +138,8 @@ def images_to_score(model: nn.Module, folder: Path, data: Path, images: Images =
     if val_part is not None:
         return val_part.read(names), f"the images in {val_part.name}"
     scanned = part.read(names)
-    note = folder / HELD_OUT
-    held_out = set(json.loads(note.read_text())["files"]) if note.is_file() else set()
-    chosen = [i for i, file in enumerate(scanned.files) if name_of(file, data) in held_out]
-    if images == "held-out" and not chosen:
-        raise InputError(f"{note} names no file of {data}; score everything with --images all")
-    if images == "all" or not chosen:
-        return scanned, "all images"
-    return scanned.subset(chosen), f"the {len(chosen)} images held out in training (of {len(scanned)})"
+    names_of_files = [name_of(file, data) for file in scanned.files]
+    return what_training_held_out(scanned, names_of_files, folder, data, images, "images")
 
 
 def batches_of(

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 from jaxtyping import Float
@@ -13,10 +14,12 @@ from torch import Tensor, nn
 
 from tokenlearner.data.clip_sources import Listing, clip_name, read_clips_to_score
 from tokenlearner.data.clips import ClipFiles, ClipTransform, LabelledClips
-from tokenlearner.data.images import HELD_OUT, OnError
+from tokenlearner.data.images import HELD_OUT, LabelledImages, OnError
 from tokenlearner.errors import InputError
 from tokenlearner.insertion.saving import Preprocessing
 
+Images = Literal["auto", "all", "held-out"]
+LabelledT = TypeVar("LabelledT", LabelledImages, LabelledClips)
 Views = tuple[int, int]
 VIEWS: Views = (4, 3)  # windows and crops of each, the paper's for Kinetics
 
@@ -75,7 +78,7 @@ def clips_to_score(
     model: nn.Module,
     folder: Path,
     data: Path,
-    which: Literal["auto", "all", "held-out"] = "auto",
+    which: Images = "auto",
     listing: Listing | None = None,
 ) -> tuple[LabelledClips, str]:
     """The clips of ``data`` a model saved in ``folder`` should be scored on, and which those are in words.
@@ -91,11 +94,22 @@ def clips_to_score(
     clips, part, is_all = read_clips_to_score(data, names, listing)
     if not is_all:
         return clips, f"the clips in {part}"
+    names_of_files = [clip_name(file, data, listing) for file in clips.files]
+    return what_training_held_out(clips, names_of_files, folder, data, which, "clips")
+
+
+def what_training_held_out(
+    labelled: LabelledT, files: Sequence[str], folder: Path, data: Path, which: Images, noun: str
+) -> tuple[LabelledT, str]:
+    """Those of ``labelled`` that the run in ``folder`` held out, and which these are in words; all where none is.
+
+    ``files`` are the names that ``held_out.json`` has for them. ``InputError`` where "held-out" is asked for in vain.
+    """
     note = folder / HELD_OUT
     held_out = set(json.loads(note.read_text())["files"]) if note.is_file() else set()
-    chosen = [i for i, file in enumerate(clips.files) if clip_name(file, data, listing) in held_out]
+    chosen = [i for i, name in enumerate(files) if name in held_out]
     if which == "held-out" and not chosen:
         raise InputError(f"{note} names no file of {data}; score everything with --images all")
     if which == "all" or not chosen:
-        return clips, "all clips"
-    return clips.subset(chosen), f"the {len(chosen)} clips held out in training (of {len(clips)})"
+        return labelled, f"all {noun}"
+    return labelled.subset(chosen), f"the {len(chosen)} {noun} held out in training (of {len(labelled)})"

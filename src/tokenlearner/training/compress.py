@@ -20,16 +20,18 @@ from torch import nn
 from tokenlearner.data.clip_sources import Listing
 from tokenlearner.data.images import OnError
 from tokenlearner.errors import InputError
-from tokenlearner.evaluation.accuracy import evaluate
+from tokenlearner.evaluation.accuracy import evaluate, needed_preprocessing
 from tokenlearner.evaluation.multilabel import evaluate_multilabel
+from tokenlearner.insertion.hosting import bare_on_meta
 from tokenlearner.insertion.insert import insert, insertion_of
-from tokenlearner.insertion.saving import Preprocessing, load, save
+from tokenlearner.insertion.saving import load, save
 from tokenlearner.inspection.cost import cost
 from tokenlearner.inspection.report import write_report
 from tokenlearner.inspection.speed import measure_speed
-from tokenlearner.inspection.summary import ModelResult, hardware, write_summary
+from tokenlearner.inspection.summary import hardware, write_summary
 from tokenlearner.models.opening import open_trained
 from tokenlearner.training.build import insertion_arguments
+from tokenlearner.training.fit import Fitted, result_of
 from tokenlearner.training.foreign import model_of_checkpoint
 from tokenlearner.training.material import Material, prepared, read_material
 from tokenlearner.training.recipe import Recipe, check_recipe
@@ -81,7 +83,7 @@ def compress(
     if (inside := insertion_of(before)) is not None:
         raise InputError(f"{model} already has {inside.describe()}; give the model it was made of")
     material = read_material(Path(data), recipe, listing, labels_of(before, model))
-    rate = prepared(_needed(before, model), before, recipe, material)
+    rate = prepared(needed_preprocessing(before), before, recipe, material)
     before.preprocessing = rate  # type: ignore[assignment]
     scored = score(before, material, on_error)
     log(f"{model}: {scored:.2%} on {len(material.data.val):,} held-out {material.noun}")
@@ -100,24 +102,12 @@ def compress(
     models = {"host": before, "tokenlearner": after}
     batch = torch.randn(min(16, recipe.batch_size), *rate.model_input)
     speeds = {speed.name: speed for speed in measure_speed(models, batch, rounds=9)}
-    results = []
-    for name, accuracy in (("host", scored), ("tokenlearner", after_score)):
-        counted = cost(models[name], rate.model_input)
-        results.append(
-            ModelResult(
-                name=name,
-                accuracy=accuracy,
-                parameters=counted.parameters,
-                macs=counted.macs,
-                images_per_second=speeds[name].images_per_second,
-                images_per_second_spread=speeds[name].spread,
-                speedup=speeds[name].ratio,
-                tokens_per_layer=counted.tokens,
-                train_seconds=0.0 if name == "host" else done["models"][0]["train_seconds"],
-                metric="mean average precision" if material.multilabel else "accuracy",
-                inputs="clips" if material.clips else "images",
-            )
-        )
+    trained = {"host": (scored, 0.0), "tokenlearner": (after_score, done["models"][0]["train_seconds"])}
+    metric = "mean average precision" if material.multilabel else "accuracy"
+    results = [
+        result_of(name, models[name], Fitted(accuracy, took, [], (), metric), speeds[name], rate.model_input)
+        for name, (accuracy, took) in trained.items()
+    ]
     seconds = time.perf_counter() - start
     spec: Any = insertion_of(after)
     write_report(
@@ -180,13 +170,6 @@ def labels_of(model: nn.Module, name: str) -> Sequence[str]:
     return names
 
 
-def _needed(model: nn.Module, name: str) -> Preprocessing:
-    found = Preprocessing.of(model)
-    if found is None:
-        raise InputError(f"{name} does not say how its images are prepared: save it with Preprocessing(...)")
-    return found
-
-
 def score(model: nn.Module, material: Material, on_error: OnError) -> float:
     """Top-1, or mean average precision of multi-label data, on the held-out part."""
     val: Any = material.data.val
@@ -227,14 +210,13 @@ def place_for(
     depth = len(model.blocks)  # type: ignore[arg-type]
     whole = cost(model, size).macs
     arguments = insertion_arguments(recipe)
-    copies: dict[int, nn.Module] = {}
 
     def share(at: int) -> float:
         if latency is None:
             with torch.device("meta"):
-                return cost(_inserted(model, {**arguments, "at": at}, on="meta"), size).macs / whole
-        copies[at] = _inserted(model, {**arguments, "at": at})
-        speeds = measure_speed({"host": model, "it": copies[at]}, torch.randn(1, *size), rounds=5)
+                return cost(insert(bare_on_meta(model), **{**arguments, "at": at}), size).macs / whole
+        twin = insert(copy.deepcopy(model), **{**arguments, "at": at})
+        speeds = measure_speed({"host": model, "it": twin}, torch.randn(1, *size), rounds=5)
         return 1 / speeds[1].ratio
 
     low, high = 0, depth  # shares grow with at
@@ -247,11 +229,3 @@ def place_for(
         middle = (low + high + 1) // 2
         low, high = (middle, high) if share(middle) <= wanted else (low, middle - 1)
     return low
-
-
-def _inserted(model: nn.Module, arguments: dict[str, Any], on: str | None = None) -> nn.Module:
-
-    twin = copy.deepcopy(model)
-    if on is not None:
-        twin = twin.to(on)
-    return insert(twin, **arguments)

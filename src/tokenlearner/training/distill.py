@@ -11,10 +11,9 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from tokenlearner.data.images import Batch
 from tokenlearner.errors import InputError
 from tokenlearner.training.losses import loss_of
-from tokenlearner.training.module import Classifier, zero_loss
+from tokenlearner.training.module import Classifier
 from tokenlearner.training.recipe import DistillRecipe, Recipe
 
 
@@ -36,28 +35,25 @@ class Distilled(Classifier):
     ) -> None:
         super().__init__(model, recipe, num_classes, **options)
         self._teacher = (teacher.eval().requires_grad_(False),)  # in a tuple, or it would become a child
-        self.head = classifier_of(model) if recipe.distill.features else None
+        if recipe.distill.features:
+            classifier_of(model)  # refuses now what has none
 
     def on_fit_start(self) -> None:
         self._teacher[0].to(self.device)
 
-    def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
-        self.note_damaged(batch)
-        size = len(batch.labels)
-        if not size:
-            return zero_loss(self.model) if self.trainer.world_size > 1 else None
-        images, targets = self.targets(batch.images, batch.labels)
+    def loss(self, images: Tensor, targets: Tensor) -> Tensor:
         wanted = self.recipe.distill
-        teacher = self._teacher[0]
-        with torch.no_grad(), watched(classifier_of(teacher) if wanted.features else None) as kept:
-            taught = Seen(teacher(images), kept[0] if kept else None)
-        with watched(self.head) as kept:
-            seen = Seen(self.model(images), kept[0] if kept else None)
+        with torch.no_grad():
+            taught = seen_by(self._teacher[0], images, wanted)
+        seen = seen_by(self.model, images, wanted)
         labels = loss_of(seen.logits, targets, self.recipe.loss)
-        loss = wanted.labels * labels + distance(seen, taught, wanted, self.recipe.loss)
-        self.train_loss.add(loss, size)
-        self.log("loss", loss, prog_bar=True, on_step=True, on_epoch=False)
-        return loss
+        return wanted.labels * labels + distance(seen, taught, wanted, self.recipe.loss)
+
+
+def seen_by(model: nn.Module, images: Tensor, wanted: DistillRecipe) -> Seen:
+    """What ``model`` makes of ``images``, with its features where ``wanted`` compares them."""
+    with watched(classifier_of(model) if wanted.features else None) as kept:
+        return Seen(model(images), kept[0] if kept else None)
 
 
 def distance(seen: Seen, taught: Seen, wanted: DistillRecipe, kind: str) -> Float[Tensor, ""]:

@@ -72,19 +72,22 @@ class Classifier(L.LightningModule):
         seed_step(self.recipe.seed, self.current_epoch, batch_idx, self.global_rank)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
-        self.note_damaged(batch)
+        self._note_damaged(batch)
         size = len(batch.labels)
         if not size:
             # Other processes wait for this one's gradients; alone, Lightning skips the step.
-            return zero_loss(self.model) if self.trainer.world_size > 1 else None
-        images, targets = self.targets(batch.images, batch.labels)
-        loss = loss_of(self.model(images), targets, self.recipe.loss)
+            return _zero_loss(self.model) if self.trainer.world_size > 1 else None
+        loss = self.loss(*self.targets(batch.images, batch.labels))
         self.train_loss.add(loss, size)
         self.log("loss", loss, prog_bar=True, on_step=True, on_epoch=False)
         return loss
 
+    def loss(self, images: Tensor, targets: Tensor) -> Tensor:
+        """What a training step minimises, of images and their target distributions."""
+        return loss_of(self.model(images), targets, self.recipe.loss)
+
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        self.note_damaged(batch)
+        self._note_damaged(batch)
         size = len(batch.labels)
         if not size:
             return
@@ -164,11 +167,11 @@ class Classifier(L.LightningModule):
         total, images = self.trainer.strategy.reduce(both, reduce_op="sum").tolist()
         return total, int(images)
 
-    def note_damaged(self, batch: Batch) -> None:
+    def _note_damaged(self, batch: Batch) -> None:
         for damaged in batch.damaged:
             self.damaged.setdefault(damaged.path, damaged)
 
 
-def zero_loss(model: nn.Module) -> Tensor:
+def _zero_loss(model: nn.Module) -> Tensor:
     """Nothing to learn from, with a gradient of zero for every parameter."""
     return torch.stack([p.sum() for p in model.parameters() if p.requires_grad]).sum() * 0.0
