@@ -92,6 +92,22 @@ def _signals_as_they_were() -> Iterator[None]:
     signal.signal(signal.SIGINT, handler)
 
 
+@pytest.mark.parametrize(("precision", "fused"), [("32-true", True), ("bf16-mixed", torch.cuda.is_available())])
+def test_attention_is_not_fused_while_training_in_16_bits_on_the_cpu(model, tmp_path, precision, fused):
+    attention = model.blocks[0].attn
+    seen = []
+    train(
+        model,
+        samples(4),
+        samples(2, seed=1),
+        replace(STILL, epochs=1, precision=precision),
+        tmp_path,
+        after_epoch=lambda: seen.append(attention.fused_attn),
+    )
+    assert seen == [fused]
+    assert attention.fused_attn
+
+
 # ---- what is reported
 
 

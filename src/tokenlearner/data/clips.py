@@ -197,7 +197,7 @@ class EveryFrame:
             for frame in clip.numpy():
                 random.seed(seed)
                 np.random.seed(seed)
-                torch.manual_seed(seed)
+                torch.default_generator.manual_seed(seed)
                 frames.append(self.transform(Image.fromarray(frame)))
         random.setstate(python)
         np.random.set_state(numpy)

@@ -109,27 +109,32 @@ class Seeded(Dataset[Any]):
         return len(self.dataset)
 
     def __getitem__(self, draw: Draw) -> Any:
-        seed_everything(draw.seed)
+        seed_sample(draw.seed)
         return self.dataset[draw.place]
 
     def __getitems__(self, draws: list[Draw]) -> list[Any]:
         fetch = getattr(self.dataset, "__getitems__", None)
         if fetch is None or not draws:
             return [self[draw] for draw in draws]
-        seed_everything(draws[0].seed)
+        seed_sample(draws[0].seed)
         return fetch([draw.place for draw in draws])
 
 
 def seed_step(seed: int, epoch: int, part: int, rank: int) -> None:
     """Sets the generators for a training step: dropout, stochastic depth, mixup."""
-    seed_everything(seed_of(seed, _STEP, epoch, part, rank))
+    drawn = seed_of(seed, _STEP, epoch, part, rank)
+    seed_sample(drawn)
+    torch.manual_seed(drawn)
 
 
-def seed_everything(seed: int) -> None:
-    """Python's, NumPy's and PyTorch's generators, without Lightning's log line."""
+def seed_sample(seed: int) -> None:
+    """Python's, NumPy's and PyTorch's generators on the CPU, where samples are made.
+
+    ``torch.manual_seed`` would set those of every other device too, which takes longer than to decode a small image.
+    """
     random.seed(seed)
     np.random.seed(seed)
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
 
 
 def seed_of(*key: int) -> int:
