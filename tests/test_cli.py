@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,8 +24,9 @@ from PIL import Image
 import tokenlearner
 from tokenlearner.cli import main
 from tokenlearner.inspection.summary import ModelResult, write_summary
+from tokenlearner.training.recipe import CompressOptimizer, CompressRecipe, Recipe
 
-COMMANDS = ("demo", "train", "shards", "evaluate", "predict", "cost", "maps", "paper", "data", "export")
+COMMANDS = ("demo", "train", "compress", "shards", "evaluate", "predict", "cost", "maps", "paper", "data", "export")
 COLOURS = {"red": (210, 40, 40), "blue": (40, 60, 210)}
 TINY = ("--model", "test_vit", "--image-size", "32", "--tokens", "2", "--batch-size", "8", "--workers", "0")
 
@@ -519,6 +521,39 @@ def test_help_lists_the_commands(run):
 
 def test_version(run):
     assert run("--version").out.strip() == tokenlearner.__version__
+
+
+def test_compress_is_called_as_told_with_defaults_of_its_own(tmp_path, run, monkeypatch):
+    """tests/training/test_compress.py runs it."""
+    asked = []
+
+    def compress(model, data, output, recipe, *, log, **options):
+        log("halfway")
+        asked.append((model, data, output, recipe, options))
+        return {"models": [], "seconds": 1.0}
+
+    monkeypatch.setattr("tokenlearner.training.compress.compress", compress)
+    monkeypatch.setattr("tokenlearner.cli.print_models", lambda summary, last: print(last))
+    result = run(
+        "compress", "a.pt", "photos", "--output", tmp_path, "--host", "test_vit", "--macs", "0.4", "--tokens", "4",
+        "--optimizer.weight-decay", "0.1",
+    )  # fmt: skip
+    assert (result.code, result.err) == (0, "")
+    assert result.out.splitlines() == ["halfway", f"model and report: {tmp_path}"]
+    ((model, data, output, recipe, options),) = asked
+    assert (model, data, output) == ("a.pt", Path("photos"), tmp_path)
+    assert (options["host"], options["macs"], options["latency"], options["resume"]) == ("test_vit", 0.4, None, False)
+    given = CompressRecipe(tokens=4, optimizer=CompressOptimizer(weight_decay=0.1))
+    assert type(recipe) is Recipe
+    assert asdict(recipe) == asdict(given)
+    assert run("compress", "a", "b", "--output", tmp_path, "--json").json == {"models": [], "seconds": 1.0}
+
+
+@pytest.mark.parametrize("option", ["--image-size", "--init", "--distill.teacher"])
+def test_compress_sets_the_model_itself(option, run, tmp_path):
+    result = run("compress", "a", "b", option, "x", "--output", tmp_path)
+    assert result.code == 2
+    assert "Unknown option" in result.err
 
 
 def test_demo_is_called_as_told_and_keeps_its_log_out_of_the_json(tmp_path, run, monkeypatch):

@@ -28,6 +28,7 @@ NAMES = [
     "param_groups",
     "remove",
     "save",
+    "set_num_tokens",
 ]
 
 SIGNATURES = {
@@ -49,6 +50,7 @@ SIGNATURES = {
         "labels: 'Sequence[str] | None' = None) -> 'Path'"
     ),
     "load": "(folder: 'str | Path') -> 'nn.Module'",
+    "set_num_tokens": "(model: 'ModelT', num_tokens: 'int') -> 'ModelT'",
     "param_groups": (
         "(model: 'nn.Module', *, weight_decay: 'float' = 0.05, layer_decay: 'float | None' = None) "
         "-> 'list[dict[str, Any]]'"

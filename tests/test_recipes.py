@@ -26,6 +26,15 @@ def test_a_recipe_says_how_it_is_run_and_what_came_of_it(file):
     assert ("not run" in said["Time"]) == ("not run" in said["Score"])
 
 
+@pytest.mark.parametrize("file", [file for file in FILES if "compress" in file.stem], ids=lambda file: file.stem)
+def test_a_recipe_of_compress_is_one(file):
+    """What compress sets itself is not in it."""
+    assert "tokenlearner compress " in file.read_text()
+    recipe = load_recipe(file)
+    assert (recipe.model, recipe.init, recipe.distill.teacher) == (None, None, None)
+    assert recipe.distill.logits + recipe.distill.features > 0
+
+
 @pytest.mark.parametrize("file", FILES, ids=lambda file: file.stem)
 def test_a_recipe_builds(file):
     recipe = load_recipe(file)

@@ -28,6 +28,7 @@ _HOME = {
     "insertion_of": "insertion",
     "learners": "insertion",
     "save": "insertion",
+    "set_num_tokens": "insertion",
     "load": "insertion",
     "Preprocessing": "insertion",
     "cost": "inspection",
@@ -57,6 +58,7 @@ __all__ = [
     "param_groups",
     "remove",
     "save",
+    "set_num_tokens",
 ]
 
 if TYPE_CHECKING:
@@ -78,6 +80,7 @@ if TYPE_CHECKING:
         load,
         remove,
         save,
+        set_num_tokens,
     )
     from tokenlearner.insertion.insert import insert
     from tokenlearner.inspection import Cost, cost

@@ -17,7 +17,9 @@ from tokenlearner.data.listing import Listing
 from tokenlearner.errors import InputError
 from tokenlearner.training.recipe_files import (
     AtArgument,
+    CommandLineCompressRecipe,
     CommandLineRecipe,
+    CompressRecipeArgument,
     RecipeArgument,
     config_reader,
     plain_recipe,
@@ -106,6 +108,60 @@ def train(
     from tokenlearner.training.train import train as run
 
     summary = run(data, plain_recipe(recipe), output, on_error=on_error, resume=resume, listing=listed)
+    if summary:  # one process of several writes
+        show(summary, json, lambda: print_models(summary, f"model and report: {output}"))
+
+
+@app.command
+def compress(
+    model: str,
+    data: Path,
+    *,
+    output: Annotated[Path, Parameter(help="New folder for the model, report.html and summary.json.")],
+    host: Annotated[str | None, Parameter(help="timm's name of the model whose weights MODEL holds.")] = None,
+    macs: Annotated[
+        float | None, Parameter(help="Share of the model's multiply-adds to come to: chooses --at and the tokens.")
+    ] = None,
+    latency: Annotated[
+        float | None, Parameter(help="Share of its time for one input on this machine: chooses --at and the tokens.")
+    ] = None,
+    unlabelled: Annotated[
+        bool, Parameter(negative="", help="DATA is any pictures: train towards the model's features alone.")
+    ] = False,
+    recipe_file: Annotated[
+        Path | None, Parameter(name="--recipe", help="YAML or TOML file; options given here override it.")
+    ] = None,
+    resume: Annotated[bool, Parameter(negative="", help="Go on with the run in --output.")] = False,
+    recipe: CompressRecipeArgument = CommandLineCompressRecipe(),  # noqa: B008 - cyclopts reads the default
+    listed: Listed = Listing(),  # noqa: B008
+    on_error: OnError = "skip",
+    json: Json = False,
+) -> None:
+    """Make a trained model cheaper: learned tokens go in, and it is trained towards what it was before.
+
+    MODEL is a saved folder, the name of a model with weights, or a checkpoint file of --host. DATA is what `train`
+    takes, of the classes the model knows; of a model without a head any pictures. Both models are scored on the same
+    held-out part and timed side by side.
+
+    Example: `tokenlearner compress runs/photos photos --tokens 8 --at 0.5 --epochs 5 --output runs/cheaper`
+    """
+    from tokenlearner.training.compress import compress as run
+
+    log = sys.stderr if json else sys.stdout
+    summary = run(
+        model,
+        data,
+        output,
+        plain_recipe(recipe),
+        host=host,
+        macs=macs,
+        latency=latency,
+        unlabelled=unlabelled,
+        on_error=on_error,
+        resume=resume,
+        listing=listed,
+        log=lambda line: print(line, file=log, flush=True),
+    )
     if summary:  # one process of several writes
         show(summary, json, lambda: print_models(summary, f"model and report: {output}"))
 

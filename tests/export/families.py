@@ -8,12 +8,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import timm
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer
 from torch import nn
 
 from insertion.clips import tiny_vivit
-from insertion.hosts import inserted, shake, tiny
+from insertion.hosts import TINY, inserted, shake, tiny
 from tokenlearner import Preprocessing
 from tokenlearner.models import X2Plus1D
 
@@ -28,9 +29,9 @@ def ready(model: nn.Module, preprocessing: Preprocessing = PICTURES) -> nn.Modul
 
 
 def image_model(kind: str = "mlp", cls: type[VisionTransformer] = VisionTransformer, **options: object) -> nn.Module:
-    """A ViT of two layers, the second on four tokens, or fused with ``fuser``; the rest are the host's options."""
+    """A ViT of one layer on four tokens, or fused with ``fuser``; the rest are the host's options."""
     fuser = options.pop("fuser", None)
-    return ready(inserted(tiny(cls, depth=2, **options), 4, 1, kind, fuser))
+    return ready(inserted(tiny(cls, depth=1, **options), 4, 0, kind, fuser))
 
 
 def clip_model(**options: object) -> nn.Module:
@@ -45,18 +46,66 @@ def x2plus1d() -> nn.Module:
     return ready(model, CLIPS)
 
 
+def of_timm(architecture: str, kind: str = "mlp", fuser: str | None = None, **options: object) -> nn.Module:
+    """As :func:`image_model`, of a host by its name."""
+    host = timm.create_model(architecture, **{**TINY, "depth": 1, **options}).eval()
+    shake(*host.parameters())
+    return ready(inserted(host, 4, 0, kind, fuser))
+
+
+def of_transformers(name: str, config: str, *, clips: bool = False, **options: object) -> nn.Module:
+    import transformers
+
+    sizes: dict[str, object] = {"hidden_size": 24, "num_hidden_layers": 1, "num_attention_heads": 2, "patch_size": 8}
+    sizes |= {"intermediate_size": 32, "image_size": 16 if clips else 32, "num_labels": 5}
+    host = getattr(transformers, name)(getattr(transformers, config)(**{**sizes, **options})).eval()
+    shake(*host.parameters())
+    return ready(inserted(host, 4, 0), CLIPS if clips else PICTURES)
+
+
+# What follows the layer that learns is handed the grid's masks and biases too, so some have a second layer.
+TWO: dict[str, object] = {"num_hidden_layers": 2}
+V_JEPA = {"crop_size": 16, "frames_per_clip": 6, "mlp_ratio": 2, "pred_hidden_size": 24}
+V_JEPA |= {"pred_num_attention_heads": 2, "pred_num_hidden_layers": 1}
+BEIT = ("BeitForImageClassification", "BeitConfig")
+OF_TRANSFORMERS: dict[str, Callable[[], nn.Module]] = {
+    "transformers ViT": partial(of_transformers, "ViTForImageClassification", "ViTConfig", **TWO),
+    "transformers DeiT": partial(of_transformers, "DeiTForImageClassificationWithTeacher", "DeiTConfig"),
+    "transformers BEiT": partial(of_transformers, *BEIT, use_relative_position_bias=True),
+    "transformers BEiT, one bias": partial(of_transformers, *BEIT, use_shared_relative_position_bias=True, **TWO),
+    "transformers DINOv2": partial(of_transformers, "Dinov2WithRegistersModel", "Dinov2WithRegistersConfig"),
+    "transformers DINOv3": partial(of_transformers, "DINOv3ViTModel", "DINOv3ViTConfig"),
+    "transformers CLIP": partial(of_transformers, "CLIPVisionModelWithProjection", "CLIPVisionConfig"),
+    "transformers SigLIP": partial(of_transformers, "SiglipVisionModel", "SiglipVisionConfig"),
+    "transformers ViViT": partial(
+        of_transformers, "VivitForVideoClassification", "VivitConfig", clips=True, num_frames=6, tubelet_size=[2, 8, 8]
+    ),
+    "transformers VideoMAE": partial(
+        of_transformers, "VideoMAEForVideoClassification", "VideoMAEConfig", clips=True, num_frames=6
+    ),
+    "transformers V-JEPA 2": partial(of_transformers, "VJEPA2Model", "VJEPA2Config", clips=True, **V_JEPA),
+}
+
 FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "ViT without TokenLearner": lambda: ready(tiny(depth=2)),
     "mlp": image_model,
     "conv, fuser, registers": partial(image_model, "conv", fuser="fuser", reg_tokens=2),
-    "conv1, reproject": partial(image_model, "conv1", fuser="reproject"),
-    "gate, unpool": partial(image_model, "gate", fuser="unpool"),
-    "grid": partial(image_model, "grid"),
     "dense, distilled DeiT": partial(image_model, "dense", VisionTransformerDistilled),
-    "average, no class token": partial(image_model, "average", class_token=False, global_pool="avg"),
     "ViViT, fuser by slice": partial(clip_model, fuser="fuser"),
     "ViViT, fuser by clip": partial(clip_model, kind="conv", fuser="fuser", mix="clip"),
     "ViViT, neighbours": partial(clip_model, over="neighbours"),
     "ViViT, window": partial(clip_model, over="window", window=3),
     "X(2+1)D with TokenLearner": x2plus1d,
+    "EVA-02": partial(of_timm, "eva02_tiny_patch14_224", depth=2),
+    "DINOv3, conv1, reproject": partial(of_timm, "vit_small_patch16_dinov3", "conv1", "reproject"),
+    "rotation of each layer": partial(of_timm, "vit_small_patch16_rope_mixed_224", embed_dim=64),
+    "BEiT v2": partial(of_timm, "beitv2_base_patch16_224"),
+    "relative positions, one table": partial(
+        of_timm, "vit_relpos_base_patch16_clsgap_224", rel_pos_type="bias", shared_rel_pos=True
+    ),
+    "relative positions, gate, unpool": partial(of_timm, "vit_relpos_small_patch16_224", "gate", "unpool"),
+    "NaFlex, grid": partial(of_timm, "naflexvit_base_patch16_gap", "grid"),
+    "CaiT, average": partial(of_timm, "cait_xxs24_224", "average"),
+    "SigLIP, headless": partial(of_timm, "vit_base_patch16_siglip_224", num_classes=0),
+    **OF_TRANSFORMERS,
 }

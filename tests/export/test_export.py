@@ -15,7 +15,7 @@ from torch import nn
 from torch.testing import assert_close
 
 import tokenlearner
-from export.families import CLIPS, FAMILIES, LABELS, clip_model, image_model, ready, x2plus1d
+from export.families import CLIPS, FAMILIES, LABELS, OF_TRANSFORMERS, clip_model, image_model, ready, x2plus1d
 from insertion.hosts import tiny
 from tokenlearner import InputError
 from tokenlearner.cli import main
@@ -25,6 +25,15 @@ from tokenlearner.export.comparing import check_difference, difference
 
 pytestmark = pytest.mark.usefixtures("without_shape_checks")
 
+# Of the families without a head.
+OUTPUTS = {
+    "SigLIP, headless": "features",
+    "transformers DINOv2": "pooler_output",
+    "transformers DINOv3": "pooler_output",
+    "transformers CLIP": "image_embeds",
+    "transformers SigLIP": "pooler_output",
+    "transformers V-JEPA 2": "last_hidden_state",
+}
 HARD_TO_RUN = ("Scatter", "Sort", "TopK", "NonZero")  # slow or unknown on most accelerators
 
 
@@ -44,15 +53,28 @@ def exported(model, folder, **options):
     return export_model(model, folder, **{"measure": False, "log": lambda line: None, **options})
 
 
-def run_onnx(folder, x):
+def run_onnx(folder, x, output="logits"):
     import onnxruntime
 
     session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
-    return torch.from_numpy(session.run(["logits"], {session.get_inputs()[0].name: x.numpy()})[0])
+    return torch.from_numpy(session.run([output], {session.get_inputs()[0].name: x.numpy()})[0])
 
 
 def run_program(folder, x):
     return torch.export.load(folder / "model.pt2").module()(x)
+
+
+def made(family):
+    if family in OF_TRANSFORMERS:
+        pytest.importorskip("transformers", reason="transformers is not installed")
+    return FAMILIES[family]()
+
+
+@torch.no_grad()
+def expected_of(model, family, x):
+    if family not in OF_TRANSFORMERS:
+        return model(x)
+    return getattr(model(x.transpose(1, 2) if x.ndim == 5 else x), OUTPUTS.get(family, "logits"))
 
 
 def inputs_of(model, batch=3):
@@ -66,14 +88,16 @@ def hard_operators(summary):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_onnxruntime_gives_what_the_model_gives(family, tmp_path):
     _need_onnx()
-    model = FAMILIES[family]()
+    model, output = made(family), OUTPUTS.get(family, "logits")
     summary = exported(model, tmp_path)
-    x = inputs_of(model)
-    with torch.no_grad():
-        assert_close(run_onnx(tmp_path, x), model(x), rtol=1e-4, atol=1e-4)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["model.onnx", "preprocessing.json"]
+    for batch in (1, 3):
+        x = inputs_of(model, batch)
+        assert_close(run_onnx(tmp_path, x, output), expected_of(model, family, x), rtol=1e-4, atol=1e-4)
     comparison = summary["comparison"]
     assert 0 < comparison["noise"]["largest_relative"] <= 1e-4
-    assert comparison["real"]["top1_agreement"] == 1.0
+    assert comparison["real"]["top1_agreement"] == (1.0 if output == "logits" else None)
+    assert summary["labels"] == (list(LABELS) if output == "logits" else None)
     if (hard := hard_operators(summary)) and tokenlearner.insertion_of(model):
         host = exported(tokenlearner.remove(copy.deepcopy(model)), tmp_path / "host")
         assert hard <= hard_operators(host)
@@ -81,15 +105,25 @@ def test_onnxruntime_gives_what_the_model_gives(family, tmp_path):
         assert not hard
 
 
-@pytest.mark.parametrize("family", ["conv, fuser, registers", "ViViT, window", "X(2+1)D with TokenLearner"])
+@pytest.mark.parametrize(
+    "family",
+    [
+        "conv, fuser, registers",
+        "ViViT, window",
+        "X(2+1)D with TokenLearner",
+        "BEiT v2",
+        "transformers BEiT",
+        "transformers V-JEPA 2",
+    ],
+)
 def test_an_exported_program_gives_what_the_model_gives(family, tmp_path):
-    model = FAMILIES[family]()
+    model = made(family)
     summary = exported(model, tmp_path, format="pt2")
-    x = inputs_of(model)
-    with torch.no_grad():
-        assert_close(run_program(tmp_path, x), model(x))
+    for batch in (1, 3):
+        x = inputs_of(model, batch)
+        assert_close(run_program(tmp_path, x), expected_of(model, family, x))
     assert summary["operators"]["aten.layer_norm.default"] > 0
-    assert not any("scatter" in name or "sort" in name or "topk" in name for name in summary["operators"])
+    assert not any(word in name for name in summary["operators"] for word in ("scatter", "sort", "topk", "index_put"))
 
 
 @pytest.mark.parametrize("family", ["mlp", "ViViT, fuser by clip"])
@@ -288,6 +322,10 @@ def compiled_inside():
     return model
 
 
+def of_other_channels():
+    return ready(tiny(depth=1), replace(image_model().preprocessing, input_size=(4, 32, 32)))
+
+
 def unprepared():
     return tiny(depth=1)
 
@@ -306,6 +344,11 @@ REFUSED = {
     "a compiled block": (compiled_inside, {"format": "pt2"}, "a part of it is compiled"),
     "no preprocessing": (unprepared, {"format": "pt2"}, r"does not say how its images are prepared"),
     "no frames": (clips_prepared_as_pictures, {"format": "pt2"}, r"how its clips are prepared.*frames=\.\.\., fps="),
+    "other channels": (
+        of_other_channels,
+        {"format": "pt2"},
+        r"does not run on an input of shape \(4, 32, 32\), which its p",
+    ),
     "no inputs": (image_model, {"format": "pt2", "inputs": []}, "inputs is empty"),
     "no such input": (image_model, {"format": "pt2", "inputs": ["nowhere.png"]}, "nowhere.png does not exist"),
 }
@@ -372,10 +415,10 @@ def test_outputs_that_are_no_numbers_are_refused():
 
 
 def test_the_command(tmp_path, capsys):
-    _need_onnx()
-    main(["export", "tokenlearner_micro4_32_8at2_mlp", "--output", str(tmp_path), "--no-measure", "--json"])
+    options = ["--format", "pt2", "--no-measure", "--json"]
+    main(["export", "tokenlearner_micro4_32_8at2_mlp", "--output", str(tmp_path), *options])
     printed = capsys.readouterr()
     summary = json.loads(printed.out)
-    assert (summary["file"], summary["precision"], summary["speed"]) == ("model.onnx", "fp32", None)
-    assert {path.name for path in tmp_path.iterdir()} == {"model.onnx", "preprocessing.json"}
+    assert (summary["file"], summary["precision"], summary["speed"]) == ("model.pt2", "fp32", None)
+    assert {path.name for path in tmp_path.iterdir()} == {"model.pt2", "preprocessing.json"}
     assert "same top-1" in printed.err

@@ -42,6 +42,23 @@ def shake(*parameters: Tensor) -> None:
             parameter.add_(0.2 * torch.randn(parameter.shape).to(parameter))
 
 
+def cut(small: nn.Module, large: nn.Module, frames: int = 1) -> nn.Module:
+    """``small``, of fewer tokens, with the first entries of ``large``'s weights: a token's are along an axis.
+
+    A fuser's M over ``frames`` frames has the tokens of one after those of another.
+    """
+    state, target = large.state_dict(), small.state_dict()
+    for name, value in target.items():
+        if ".mix." in f".{name}" and frames > 1:
+            step, kept = len(state[name]) // frames, len(value) // frames
+            rows = [t * step + i for t in range(frames) for i in range(kept)]
+            state[name] = state[name][rows][:, rows] if value.ndim == 2 else state[name][rows]
+        else:
+            state[name] = state[name][tuple(slice(side) for side in value.shape)]
+    small.load_state_dict(state)
+    return small
+
+
 def images(height: int = 32, width: int = 32, batch: int = 2) -> Tensor:
     return torch.randn(batch, 3, height, width)
 

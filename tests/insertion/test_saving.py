@@ -405,6 +405,8 @@ def test_the_config_is_readable_and_complete(tmp_path):
         "mix": "slice",
         "over": "slice",
         "window": None,
+        "elastic": False,
+        "used_tokens": None,
     }
     assert config["preprocessing"] == {
         "input_size": [3, 32, 32],

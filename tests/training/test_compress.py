@@ -18,7 +18,8 @@ from tokenlearner.errors import InputError
 from tokenlearner.inspection.speed import measure_speed
 from tokenlearner.training import compress as compressing
 from tokenlearner.training import train as training
-from tokenlearner.training.compress import compress, place_for, published_labels, stand_alone
+from tokenlearner.training.class_names import published_labels, read_as, renamed
+from tokenlearner.training.compress import compress, stand_alone, within_budget
 from tokenlearner.training.foreign import model_of_checkpoint, read_checkpoint
 from tokenlearner.training.recipe import AugmentRecipe, OptimizerRecipe, Recipe
 from tokenlearner.training.train import train
@@ -83,8 +84,35 @@ def test_a_checkpoint_becomes_a_folder_first(photos, host, tmp_path):
     assert all(torch.equal(value, saved.state_dict()[key]) for key, value in model.state_dict().items())
     with pytest.raises(InputError, match="is a checkpoint: say whose with --host"):
         stand_alone(str(path), tmp_path / "host", None)
-    with pytest.raises(InputError, match="names no labels, so class folders can't be matched"):
-        compress(str(path), photos, tmp_path / "out", RECIPE, host="test_vit")
+
+
+def test_a_checkpoint_has_the_classes_of_the_folders_in_their_order(photos, host, tmp_path):
+    path = tmp_path / "last.pt"
+    torch.save(tokenlearner.load(host).state_dict(), path)
+    summary = compress(str(path), photos, tmp_path / "out", RECIPE, host="test_vit", log=lambda line: None)
+    assert summary["models"][0]["accuracy"] == 1.0
+    assert tokenlearner.load(tmp_path / "out").label_names == ("blue", "red")
+    other = timm.create_model("test_vit", num_classes=3)
+    torch.save(other.state_dict(), path)
+    with pytest.raises(InputError, match="its 3 outputs can't be the 2 classes of DATA"):
+        compress(str(path), photos, tmp_path / "other", RECIPE, host="test_vit")
+
+
+@pytest.mark.parametrize("headless", [True, False])
+def test_without_labels_or_head_it_learns_features(photos, host, tmp_path, headless):
+    model = tokenlearner.load(host)
+    if headless:
+        model.reset_classifier(0)
+        tokenlearner.save(model, tmp_path / "host", labels=[])
+    source = str(tmp_path / "host") if headless else str(host)
+    lines = []
+    summary = compress(source, photos, tmp_path / "out", RECIPE, unlabelled=not headless, macs=0.8, log=lines.append)
+    assert [row["metric"] for row in summary["models"]] == ["cosine", "cosine"]
+    assert summary["models"][0]["accuracy"] == pytest.approx(1.0, abs=1e-5)
+    assert set(summary["features"]) == {"host", "untrained", "trained"}
+    chosen = within_budget(model, RECIPE, (3, 32, 32), macs=0.8)
+    assert summary["insertion"]["at"] == chosen.at
+    assert "towards the features of" in lines[0]
 
 
 @pytest.mark.parametrize(
@@ -152,6 +180,82 @@ def test_a_model_with_tokens_is_refused(photos, host, tmp_path):
         compress(str(tmp_path / "host"), photos, tmp_path / "out", RECIPE)
 
 
+def test_some_of_the_classes_by_other_names_will_do(photos, tmp_path):
+    """A model of three, data of two of them; what is saved keeps the model's names."""
+    host = timm.create_model("test_vit", num_classes=3, img_size=32)
+    tokenlearner.save(host, tmp_path / "host", labels=("Red!", "green", "blue, navy"))
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/red").symlink_to(photos / "red")
+    (tmp_path / "photos/navy").symlink_to(photos / "blue")
+    train(photos, replace(RECIPE, init=str(tmp_path / "host"), tokens=0, epochs=3), tmp_path / "two")
+    model = tokenlearner.load(tmp_path / "two")
+    with torch.no_grad():  # blue and red, of which the three-class model then knows as much
+        host.load_state_dict({**model.state_dict(), "head.weight": host.head.weight, "head.bias": host.head.bias})
+        host.head.weight[:] = torch.stack([model.head.weight[1], -model.head.weight.sum(0), model.head.weight[0]])
+        host.head.bias[:] = torch.tensor([float(model.head.bias[1]), -9.0, float(model.head.bias[0])])
+    tokenlearner.save(host, tmp_path / "host", labels=("Red!", "green", "blue, navy"))
+    summary = compress(str(tmp_path / "host"), tmp_path / "photos", tmp_path / "out", RECIPE, log=lambda line: None)
+    assert summary["models"][0]["accuracy"] > 0.9
+    assert tokenlearner.load(tmp_path / "out").label_names == ("Red!", "green", "blue, navy")
+
+
+@pytest.mark.parametrize(
+    ("labels", "names", "expected"),
+    [
+        (["a", "b"], ["b"], ["a", "b"]),
+        (["Golden Retriever", "cat"], ["golden_retriever"], ["golden_retriever", "cat"]),
+        (["tench, Tinca tinca", "cat"], ["CAT", "tinca-tinca"], ["tinca-tinca", "CAT"]),
+    ],
+)
+def test_names_that_mean_a_label(labels, names, expected):
+    assert renamed(labels, names) == expected
+
+
+def test_names_of_imagenets_classes():
+    labels = published_labels(1000)
+    classes = renamed(labels, ["tench", "daisy"])
+    assert classes[0] == "tench"
+    assert classes[985] == "daisy"
+    assert classes[1:985] == labels[1:985]
+    with pytest.raises(InputError, match="the class crane could be n02012849 or n03126707: name it as one"):
+        renamed(labels, ["crane"])
+
+
+def test_names_that_mean_no_label_or_the_same():
+    with pytest.raises(InputError, match="the class dog is not one of the 2 known classes: cat, cow"):
+        renamed(["cat", "cow"], ["dog"])
+    with pytest.raises(InputError, match="the classes Cat and CAT both mean cat: put them into one"):
+        renamed(["cat", "cow"], ["Cat", "CAT"])
+
+
+def test_an_error_that_is_not_about_classes_is_passed_on():
+    def read(classes):
+        raise InputError("no such folder")
+
+    with pytest.raises(InputError, match="no such folder"):
+        read_as(["a"], read, lambda it: it)
+
+
+def test_a_stopped_run_goes_on_with_the_budget_it_had(photos, host, tmp_path, monkeypatch):
+    """The layer was chosen by a clock, which may say something else the second time."""
+    output = tmp_path / "out"
+    recipe = replace(RECIPE, epochs=2)
+
+    def stopped(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(training, "measure_speed", stopped)  # after its training
+        with pytest.raises(KeyboardInterrupt):
+            compress(str(host), photos, output, recipe, macs=0.8, log=lambda line: None)
+    with pytest.raises(InputError, match="holds a run that has not ended"):
+        compress(str(host), photos, output, recipe, log=lambda line: None)
+    summary = compress(str(host), photos, output, recipe, macs=0.9, resume=True, log=lambda line: None)
+    size = (3, 32, 32)
+    chosen = within_budget(tokenlearner.load(host), recipe, size, macs=0.8)
+    assert (summary["insertion"]["at"], summary["insertion"]["num_tokens"]) == (chosen.at, chosen.tokens)
+
+
 def test_classes_the_model_does_not_know_are_refused(photos, host, tmp_path):
     (tmp_path / "green").mkdir()
     Image.new("RGB", (24, 24)).save(tmp_path / "green/a.png")
@@ -167,40 +271,44 @@ def of_36_patches():
     return timm.create_model("test_vit", img_size=96)
 
 
-@pytest.mark.parametrize("budget", [0.3, 0.5, 0.8])
-def test_the_last_layer_within_a_budget_of_macs(budget):
+@pytest.mark.parametrize("budget", [0.3, 0.5, 0.8, 0.9])
+def test_a_budget_of_macs_takes_the_last_layer_and_then_the_most_tokens(budget):
     model = of_36_patches()
     whole = tokenlearner.cost(model, (3, 96, 96)).macs
-    at = place_for(model, RECIPE, (3, 96, 96), macs=budget)
+    recipe = within_budget(model, RECIPE, (3, 96, 96), macs=budget)
 
-    def share(at: int) -> float:
-        return tokenlearner.cost(tokenlearner.insert(of_36_patches(), 2, at), (3, 96, 96)).macs / whole
+    def share(at: int, tokens: int) -> float:
+        return tokenlearner.cost(tokenlearner.insert(of_36_patches(), tokens, at), (3, 96, 96)).macs / whole
 
-    assert share(at) <= budget < share(at + 1)
+    fits = [at for at in range(len(model.blocks) + 1) if share(at, 2) <= budget]
+    assert recipe.at == max(fits)
+    assert recipe.tokens == max(tokens for tokens in (2, 4, 8, 16, 32) if share(recipe.at, tokens) <= budget)
     assert tokenlearner.insertion_of(model) is None
 
 
 def test_a_budget_of_time_is_measured(monkeypatch):
-    """By a clock that says each layer takes as long as any other."""
+    """By a clock that says each layer takes as long as any other, and each token a hundredth of a layer."""
     model, asked = of_36_patches(), []
 
     def timed(models, inputs, **options):
-        twin = models["it"]
-        asked.append(twin.token_learner_insertion.at)
-        share = 0.1 + 0.9 * twin.token_learner_insertion.at / len(twin.blocks)
+        spec = models["it"].token_learner_insertion
+        asked.append(spec)
+        share = 0.1 + 0.9 * (spec.at + 0.01 * spec.num_tokens) / len(models["it"].blocks)
         return [None, type("Speed", (), {"ratio": 1 / share})]
 
     monkeypatch.setattr(compressing, "measure_speed", timed)
-    assert place_for(model, RECIPE, (3, 96, 96), latency=0.6) == int((0.6 - 0.1) / 0.9 * len(model.blocks))
-    assert len(asked) <= 4
+    recipe = within_budget(model, RECIPE, (3, 96, 96), latency=0.57)
+    assert recipe.at == int((0.57 - 0.1) / 0.9 * len(model.blocks))
+    assert recipe.tokens == 8
+    assert len(asked) <= 9
 
 
 def test_budgets_that_make_no_sense(photos, host, tmp_path):
     model = of_36_patches()
     with pytest.raises(InputError, match="a budget is a share of the model's own cost"):
-        place_for(model, RECIPE, (3, 96, 96), macs=1.5)
+        within_budget(model, RECIPE, (3, 96, 96), macs=1.5)
     with pytest.raises(InputError, match="2 tokens from the first layer on still take 0"):
-        place_for(model, RECIPE, (3, 96, 96), macs=0.01)
+        within_budget(model, RECIPE, (3, 96, 96), macs=0.01)
     with pytest.raises(InputError, match="--macs and --latency both choose the layer"):
         compress(str(host), photos, tmp_path / "out", RECIPE, macs=0.5, latency=0.5)
 

@@ -1,5 +1,7 @@
 """The forms of α: what each position counts in each token, before the squash. Every one maps (b, h, w, d) → (b, s, n).
 
+Called as ``alpha(X, k)`` they compute the first k maps alone, all but the fixed cells.
+
 ``LAYER_NORM_EPS`` and the tanh GELU are Flax's defaults, which the official parameters were trained with.
 """
 
@@ -34,9 +36,9 @@ class MlpAlpha(nn.Module):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
 
-    def forward(self, X: Float[Tensor, "b *grid d"]) -> Float[Tensor, "b s n"]:
+    def forward(self, X: Float[Tensor, "b *grid d"], k: int | None = None) -> Float[Tensor, "b s n"]:
         hidden = self.drop(F.gelu(self.fc1(self.norm(X)), approximate="tanh"))
-        return self.drop(self.fc2(hidden)).flatten(1, -2).transpose(1, 2)
+        return self.drop(first_outputs(self.fc2, hidden, k)).flatten(1, -2).transpose(1, 2)
 
 
 class ConvAlpha(nn.Module):
@@ -51,13 +53,12 @@ class ConvAlpha(nn.Module):
         for conv in self.convs:
             _lecun_normal_(conv)
 
-    def forward(self, X: Float[Tensor, "b h w d"]) -> Float[Tensor, "b s n"]:
+    def forward(self, X: Float[Tensor, "b h w d"], k: int | None = None) -> Float[Tensor, "b s n"]:
         A = rearrange(self.norm(X), "b h w d -> b d h w")
-        for i, conv in enumerate(self.convs):
-            A = conv(A)
-            if i < 3:
-                A = F.gelu(A, approximate="tanh")
-        return rearrange(A, "b s h w -> b s (h w)")
+        *inner, last = self.convs
+        for conv in inner:
+            A = F.gelu(conv(A), approximate="tanh")
+        return rearrange(first_outputs(last, A, k), "b s h w -> b s (h w)")
 
 
 class Conv1Alpha(nn.Module):
@@ -68,8 +69,8 @@ class Conv1Alpha(nn.Module):
         self.conv = nn.Conv2d(dim, num_tokens, 3, padding=1, bias=False)
         _lecun_normal_(self.conv)
 
-    def forward(self, X: Float[Tensor, "b h w d"]) -> Float[Tensor, "b s n"]:
-        return rearrange(self.conv(rearrange(X, "b h w d -> b d h w")), "b s h w -> b s (h w)")
+    def forward(self, X: Float[Tensor, "b h w d"], k: int | None = None) -> Float[Tensor, "b s n"]:
+        return rearrange(first_outputs(self.conv, rearrange(X, "b h w d -> b d h w"), k), "b s h w -> b s (h w)")
 
 
 class GateAlpha(nn.Module):
@@ -80,9 +81,9 @@ class GateAlpha(nn.Module):
         self.conv = nn.Conv2d(2, num_tokens, 7, padding=3, bias=False)
         self.norm = RecomputeSafeBatchNorm2d(num_tokens)
 
-    def forward(self, X: Float[Tensor, "b h w d"]) -> Float[Tensor, "b s n"]:
+    def forward(self, X: Float[Tensor, "b h w d"], k: int | None = None) -> Float[Tensor, "b s n"]:
         summary = torch.stack([X.amax(dim=-1), X.mean(dim=-1)], dim=1)
-        return rearrange(self.norm(self.conv(summary)), "b s h w -> b s (h w)")
+        return rearrange(self.norm(first_outputs(self.conv, summary, k), k), "b s h w -> b s (h w)")
 
 
 class GridAlpha(nn.Module):
@@ -92,7 +93,7 @@ class GridAlpha(nn.Module):
         super().__init__()
         self.num_tokens = num_tokens
 
-    def forward(self, X: Float[Tensor, "b h w d"]) -> Float[Tensor, "b s n"]:
+    def forward(self, X: Float[Tensor, "b h w d"], k: None = None) -> Float[Tensor, "b s n"]:
         b, h, w, _ = X.shape
         rows, columns = cell_layout(h, w, self.num_tokens)
         R, C = _cell_means(h, rows, X.device), _cell_means(w, columns, X.device)
@@ -109,13 +110,13 @@ class DenseAlpha(nn.Module):
         self.weight = nn.Parameter(torch.empty(num_tokens, n))
         nn.init.uniform_(self.weight, -1 / math.sqrt(n), 1 / math.sqrt(n))  # as nn.Linear starts
 
-    def forward(self, X: Float[Tensor, "b h w d"]) -> Float[Tensor, "b s n"]:
+    def forward(self, X: Float[Tensor, "b h w d"], k: int | None = None) -> Float[Tensor, "b s n"]:
         if tuple(X.shape[1:3]) != self.grid:
             raise ValueError(
                 f"kind 'dense' was built for a grid of {self.grid[0]}×{self.grid[1]} and got "
                 f"{X.shape[1]}×{X.shape[2]}; its weights belong to fixed positions"
             )
-        return self.weight.expand(X.shape[0], -1, -1)
+        return self.weight[:k].expand(X.shape[0], -1, -1)
 
 
 class _RecomputeSafe(nn.modules.batchnorm._BatchNorm):
@@ -124,12 +125,18 @@ class _RecomputeSafe(nn.modules.batchnorm._BatchNorm):
     Checkpointing runs the layer again during backward; the same batch must not be counted twice.
     """
 
-    def forward(self, input: Tensor) -> Tensor:  # noqa: A002 - the base class names it
-        if self.training and in_recomputation():
-            # Copies, not None: checkpointing wants as many tensors saved for backward as the first time.
-            mean, var = (None if s is None else s.clone() for s in (self.running_mean, self.running_var))
-            return F.batch_norm(input, mean, var, self.weight, self.bias, training=True, eps=self.eps)
-        return super().forward(input)
+    def forward(self, input: Tensor, k: int | None = None) -> Tensor:  # noqa: A002 - the base class names it
+        """``k`` is the number of channels where the input has the first k alone."""
+        again = self.training and in_recomputation()
+        if k is None and not again:
+            return super().forward(input)
+        mean, var = (cast(Tensor, s)[:k] for s in (self.running_mean, self.running_var))
+        if again:  # copies, not None: checkpointing wants as many tensors saved for backward as the first time
+            mean, var = mean.clone(), var.clone()
+        elif self.training:
+            cast(Tensor, self.num_batches_tracked).add_(1)
+        momentum = cast(float, self.momentum)
+        return F.batch_norm(input, mean, var, self.weight[:k], self.bias[:k], self.training, momentum, self.eps)
 
 
 class RecomputeSafeBatchNorm2d(_RecomputeSafe, nn.BatchNorm2d):
@@ -138,6 +145,17 @@ class RecomputeSafeBatchNorm2d(_RecomputeSafe, nn.BatchNorm2d):
 
 class RecomputeSafeBatchNorm3d(_RecomputeSafe, nn.BatchNorm3d):
     """For clips (b, d, t, h, w)."""
+
+
+def first_outputs(layer: nn.Module, x: Tensor, k: int | None) -> Tensor:
+    """``layer``, linear or a convolution, of x; with k, its first k outputs alone, and no work for the others."""
+    if k is None:
+        return layer(x)
+    bias = None if layer.bias is None else cast(Tensor, layer.bias)[:k]
+    weight = cast(Tensor, layer.weight)[:k]
+    if isinstance(layer, nn.Conv2d):
+        return F.conv2d(x, weight, bias, layer.stride, layer.padding)
+    return F.linear(x, weight, bias)
 
 
 def cell_layout(h: int, w: int, cells: int) -> Grid:

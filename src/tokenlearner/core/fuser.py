@@ -16,7 +16,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tokenlearner.core._numerics import full_precision, positive_int
-from tokenlearner.core.alpha import LAYER_NORM_EPS, MlpAlpha
+from tokenlearner.core.alpha import LAYER_NORM_EPS, MlpAlpha, first_outputs
 
 Beta = Literal["mlp", "linear"]
 
@@ -38,6 +38,10 @@ class TokenFuser(nn.Module):
         dropout: Dropout in the β MLP.
         residual: Whether a call adds X; can be overridden in the call.
     """
+
+    used_tokens: int | None = None
+    """How many tokens of a frame, the first of ``num_tokens``, come: :func:`tokenlearner.set_num_tokens` sets it. None
+    for all."""
 
     def __init__(
         self,
@@ -78,21 +82,31 @@ class TokenFuser(nn.Module):
         (b, T, n, d) or (b, T, h, w, d).
         """
         frames = self.num_frames or 1
-        check_tokens("TokenFuser", tokens, x, self.dim, self.num_tokens * frames)
+        check_tokens("TokenFuser", tokens, x, self.dim, (self.used_tokens or self.num_tokens) * frames)
         if self.num_frames is not None and (x.ndim < 4 or x.shape[1] != frames):
             raise ValueError(
                 f"TokenFuser(num_frames={frames}) takes x as (b, {frames}, n, d) or (b, {frames}, h, w, d), "
                 f"and got shape {tuple(x.shape)}"
             )
-        Y = self.mix(self.norm1(tokens).transpose(1, 2)).transpose(1, 2)
+        Y = self._mixed(self.norm1(tokens).transpose(1, 2)).transpose(1, 2)
         Y = rearrange(self.norm2(Y), "b (t s) d -> (b t) s d", t=frames)
         X = x if self.num_frames is None else x.flatten(0, 1)
-        out = spread(self.beta(X).sigmoid(), Y).reshape(x.shape).to(x.dtype)
+        out = spread(self.beta(X, self.used_tokens).sigmoid(), Y).reshape(x.shape).to(x.dtype)
         return x + out if (self.residual if residual is None else residual) else out
+
+    def _mixed(self, Y: Float[Tensor, "b d ts"]) -> Float[Tensor, "b d ts"]:
+        """M over the tokens, with the rows and columns of those in use."""
+        if (k := self.used_tokens) is None:
+            return self.mix(Y)
+        t = self.num_frames or 1
+        M = rearrange(self.mix.weight, "(t s) (u r) -> t s u r", t=t, u=t)[:, :k, :, :k]
+        bias = rearrange(self.mix.bias, "(t s) -> t s", t=t)[:, :k]
+        return F.linear(Y, rearrange(M, "t s u r -> (t s) (u r)"), rearrange(bias, "t s -> (t s)"))
 
     def extra_repr(self) -> str:
         frames = "" if self.num_frames is None else f", num_frames={self.num_frames}"
-        return f"dim={self.dim}, num_tokens={self.num_tokens}{frames}, residual={self.residual}"
+        used = "" if self.used_tokens is None else f", used_tokens={self.used_tokens}"
+        return f"dim={self.dim}, num_tokens={self.num_tokens}{used}{frames}, residual={self.residual}"
 
 
 class LinearBeta(nn.Module):
@@ -102,8 +116,8 @@ class LinearBeta(nn.Module):
         super().__init__()
         self.fc = nn.Linear(dim, num_tokens)
 
-    def forward(self, X: Float[Tensor, "b *grid d"]) -> Float[Tensor, "b s n"]:
-        return self.fc(X).flatten(1, -2).transpose(1, 2)
+    def forward(self, X: Float[Tensor, "b *grid d"], k: int | None = None) -> Float[Tensor, "b s n"]:
+        return first_outputs(self.fc, X, k).flatten(1, -2).transpose(1, 2)
 
 
 class Unpool(nn.Module):

@@ -18,7 +18,16 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from tokenlearner.core._numerics import full_precision, positive_int
-from tokenlearner.core.alpha import Conv1Alpha, ConvAlpha, DenseAlpha, GateAlpha, Grid, GridAlpha, MlpAlpha
+from tokenlearner.core.alpha import (
+    Conv1Alpha,
+    ConvAlpha,
+    DenseAlpha,
+    GateAlpha,
+    Grid,
+    GridAlpha,
+    MlpAlpha,
+    first_outputs,
+)
 
 Kind = Literal["conv", "mlp", "conv1", "gate", "grid", "dense", "average"]
 Pool = Literal["sum", "mean", "softmax"]
@@ -59,6 +68,10 @@ class TokenLearner(nn.Module):
     Raises:
         ValueError: A size, kind or pooling that does not fit, here or in a call.
     """
+
+    used_tokens: int | None = None
+    """How many of the ``num_tokens`` tokens, the first ones, are learned: :func:`tokenlearner.set_num_tokens` sets it.
+    None for all."""
 
     def __init__(
         self,
@@ -131,7 +144,7 @@ class TokenLearner(nn.Module):
         """α(X) after softmax or sigmoid, in float32 whatever the autocast dtype."""
         if self.kind == "average":
             raise ValueError("kind 'average' has no attention maps: every token sees the mean of the whole frame")
-        logits = self.alpha(X)
+        logits = self.alpha(X, self.used_tokens)
         with full_precision(X):
             logits = logits.float()
             if self.pool == "softmax":
@@ -147,7 +160,8 @@ class TokenLearner(nn.Module):
 
     def _average(self, X: Float[Tensor, "b h w d"]) -> Float[Tensor, "b s d"]:
         mean = X.float().mean(dim=(1, 2)).to(X.dtype)
-        return rearrange(self.alpha(mean), "b (s d) -> b s d", s=self.num_tokens).to(X.dtype)
+        outputs = None if self.used_tokens is None else self.used_tokens * self.dim
+        return rearrange(first_outputs(self.alpha, mean, outputs), "b (s d) -> b s d", d=self.dim).to(X.dtype)
 
     def _feature_map(self, x: Tensor, grid: Grid | None) -> Float[Tensor, "b h w d"]:
         """Checks x and brings it to (b, h, w, d)."""
@@ -177,7 +191,8 @@ class TokenLearner(nn.Module):
 
     def extra_repr(self) -> str:
         grid = "" if self.grid is None else f", grid={self.grid}"
-        return f"dim={self.dim}, num_tokens={self.num_tokens}, kind={self.kind!r}, pool={self.pool!r}{grid}"
+        used = "" if self.used_tokens is None else f", used_tokens={self.used_tokens}"
+        return f"dim={self.dim}, num_tokens={self.num_tokens}{used}, kind={self.kind!r}, pool={self.pool!r}{grid}"
 
 
 def _checked_grid(grid: Grid) -> Grid:

@@ -157,11 +157,11 @@ class WindowTokenLearner(TokenLearner):
 
     def _maps(self, X: Float[Tensor, "bt h w d"]) -> Float[Tensor, "bwindows s fn"]:
         """α of every frame, squashed over the windows."""
-        logits = rearrange(self.alpha(X), "(b f) s n -> b s f n", f=self.window)
+        logits = rearrange(self.alpha(X, self.used_tokens), "(b f) s n -> b s f n", f=self.window)
         with full_precision(X):
             logits = logits.float()
             if self.window > 1:
-                logits = logits + self.frame_bias[:, :, None]
+                logits = logits + self.frame_bias[: self.used_tokens, :, None]
             logits = logits.flatten(2)
             return logits.softmax(dim=-1) if self.pool == "softmax" else logits.sigmoid()
 

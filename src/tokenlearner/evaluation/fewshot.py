@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tokenlearner.data.images import Damaged, LabelledImages, OnError, damaged_entries
 from tokenlearner.errors import InputError
 from tokenlearner.evaluation.accuracy import batches_of, class_labels, nothing_decoded, usable_device
+from tokenlearner.evaluation.features import features_of
 
 
 @dataclass(frozen=True)
@@ -143,8 +144,7 @@ def extract(
     for batch in loader:
         damaged += batch.damaged
         if len(batch.labels):
-            hidden = model.forward_features(batch.images.to(device))  # type: ignore[operator]
-            features.append(model.forward_head(hidden, pre_logits=True).float().cpu())  # type: ignore[operator]
+            features.append(features_of(model, batch.images.to(device)).float().cpu())
             labels.append(batch.labels)
             indices.append(batch.indices)
     if not features:

@@ -72,7 +72,8 @@ def export_model(
     pictures. The batch is open; the size of images, and the length of clips, are the model's. A folder is for one
     export: a second one replaces ``preprocessing.json``.
 
-    Inputs and outputs are float32 in either precision.
+    Inputs and outputs are float32 in either precision. Clips are (b, c, t, h, w), also those of transformers' models.
+    Without a head, the output is what a reader of the model takes: see :class:`~tokenlearner.export.tracing.Deployed`.
 
     Args:
         model: As ``tokenlearner.load`` or ``tokenlearner.models.open_trained`` gives it. It stays as it is.
@@ -92,18 +93,22 @@ def export_model(
             the folder then. Also for packages that are missing, and inputs that can't be read.
     """
     start, output = time.perf_counter(), Path(output)
+    if getattr(model, "wraps_host", False):
+        model = model.model  # type: ignore[assignment]
     check_request(model, format, precision, opset)
-    preprocessing = _preprocessing_of(model)
+    reference = Deployed(model, "fp32")
+    preprocessing = _preprocessing_of(reference)
     kind = "images" if preprocessing.frames is None else "clips"
-    files = None if inputs is None else _find(model, inputs)
+    files = None if inputs is None else _find(reference, preprocessing, inputs)
     opset = (opset or OPSET) if format == "onnx" else None
     spec, threads = insertion_of(model), torch.get_num_threads()
     example, channels = torch.zeros(2, *preprocessing.model_input), preprocessing.input_size[0]
+    output_name, output_shape = _output(reference, example)
+    labels = list(getattr(model, "label_names", None) or []) or None
 
     def write(part: Deployed, path: Path) -> dict[str, int]:
-        return write_graph(part, path, example, format=format, input_name=kind, opset=opset)
+        return write_graph(part, path, example, format=format, input_name=kind, output_name=output_name, opset=opset)
 
-    reference = Deployed(model, "fp32")
     deployed = reference if precision == "fp32" else Deployed(model, precision)
     log(
         f"exporting {type(model).__name__}{f' with {spec.describe()}' if spec else ''} to {format}"
@@ -114,7 +119,7 @@ def export_model(
         path = Path(folder) / f"model{SUFFIXES[format]}"
         operators, host_operators, speed = write(deployed, path), None, None
         exported = open_file(path, threads)
-        comparison = _compare(reference, exported, model, preprocessing, files, precision, log)
+        comparison = _compare(reference, exported, preprocessing, files, precision, output_name == OUTPUT_NAME, log)
         if measure:
             timed = {"TokenLearner" if spec else type(model).__name__: exported}
             if spec:
@@ -132,15 +137,15 @@ def export_model(
             "precision": precision,
             "opset": opset,
             "input": _described(kind, ["batch", *preprocessing.model_input]),
-            "output": _described(OUTPUT_NAME, ["batch", *_output_shape(reference, example)]),
+            "output": _described(output_name, ["batch", *output_shape]),
             "preprocessing": {
                 "pixels": f"{_COLOURS.get(channels, f'{channels} channels')}, 0 to 1",
                 **asdict(preprocessing),
             },
-            "labels": list(getattr(model, "label_names", None) or []) or None,
+            "labels": labels if output_name == OUTPUT_NAME else None,
             "model": type(model).__name__,
             "insertion": spec.to_dict() if spec else None,
-            "versions": _versions(format),
+            "versions": _versions(model, format),
         }
         written = path.with_name(PREPROCESSING)
         written.write_text(json.dumps(description, indent=2), encoding="utf-8")
@@ -160,9 +165,8 @@ def export_model(
     }
 
 
-def _preprocessing_of(model: nn.Module) -> Preprocessing:
-    preprocessing = Preprocessing.of(model)
-    clips = bool(getattr(model, "takes_clips", False))
+def _preprocessing_of(model: Deployed) -> Preprocessing:
+    preprocessing, clips = model.preprocessing, model.takes_clips
     if preprocessing is None or clips != (preprocessing.frames is not None):
         what = "clips" if clips else "images"
         arguments = "Preprocessing(..., frames=..., fps=...)" if clips else "Preprocessing(...)"
@@ -173,33 +177,37 @@ def _preprocessing_of(model: nn.Module) -> Preprocessing:
     return preprocessing
 
 
-def _find(model: nn.Module, paths: Sequence[Path]) -> list[Any]:
+def _find(model: Deployed, preprocessing: Preprocessing, paths: Sequence[Path]) -> list[Any]:
     from tokenlearner.evaluation.predict import find_inputs
 
     if not paths:
         raise InputError("inputs is empty: give files or folders, or None for pictures of scikit-learn's")
+    if preprocessing.frames is not None and preprocessing.fps is None:
+        raise InputError(
+            "the model does not say how many frames a second its clips show, so none can be cut from videos: "
+            "set model.preprocessing = Preprocessing(..., fps=...), or give no videos"
+        )
     return find_inputs(model, [Path(path) for path in paths])
 
 
 def _compare(
-    reference: nn.Module,
+    reference: Deployed,
     exported: nn.Module,
-    model: nn.Module,
     preprocessing: Preprocessing,
     files: list[Any] | None,
     precision: Precision,
+    classes: bool,
     log: Callable[[str], None],
 ) -> dict[str, Any]:
     """Both comparisons, passed, as the summary has them."""
-    kind = "images" if preprocessing.frames is None else "clips"
-    close, classes = CLOSE_OUTPUTS[precision], getattr(model, "num_classes", None) != 0
+    kind, close = "images" if preprocessing.frames is None else "clips", CLOSE_OUTPUTS[precision]
     random = difference(reference, exported, noise(preprocessing.model_input), close=close, classes=classes)
     check_difference(random, precision, "noise", top1=False)
     log(f"noise in batches of {', '.join(map(str, BATCHES))}: {_said(random)}")
     document: dict[str, Any] = {"noise": random.to_dict(), "real": None}
     damaged: list[Any] = []
     if files is not None:
-        source, batches = f"the {kind} given", _decoded(model, files, _TOGETHER[kind], damaged)
+        source, batches = f"the {kind} given", _decoded(reference, files, _TOGETHER[kind], damaged)
     elif preprocessing.input_size[0] in (1, 3):
         source, batches = STAND_INS, stand_ins(preprocessing, _TOGETHER[kind])
     else:
@@ -276,14 +284,25 @@ def _described(name: str, shape: list[Any]) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _output_shape(model: nn.Module, example: Tensor) -> tuple[int, ...]:
-    return tuple(model(example[:1]).shape[1:])
+def _output(model: Deployed, example: Tensor) -> tuple[str, tuple[int, ...]]:
+    """The output's name and its shape without the batch."""
+    try:
+        name, y = model.output(example[:1])
+    except InputError:
+        raise
+    except (ValueError, RuntimeError) as error:
+        raise InputError(
+            f"the model does not run on an input of shape {tuple(example.shape[1:])}, which its preprocessing says: "
+            f"{str(error).strip().splitlines()[0]}"
+        ) from error
+    return name, tuple(y.shape[1:])
 
 
-def _versions(format: Format) -> dict[str, str]:  # noqa: A002
+def _versions(model: nn.Module, format: Format) -> dict[str, str]:  # noqa: A002
     from tokenlearner import __version__
 
-    others = ("torch", "timm", *(("onnx", "onnxscript", "onnxruntime") if format == "onnx" else ()))
+    host = "transformers" if hasattr(model, "input_modalities") else "timm"
+    others = ("torch", host, *(("onnx", "onnxscript", "onnxruntime") if format == "onnx" else ()))
     return {"tokenlearner": __version__} | {name: importlib.metadata.version(name) for name in others}
 
 

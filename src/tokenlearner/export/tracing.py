@@ -14,9 +14,12 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 
 from tokenlearner.errors import InputError
+from tokenlearner.insertion.huggingface_folder import output_of, takes_frames_first
+from tokenlearner.insertion.saving import Preprocessing
 
 Format = Literal["onnx", "pt2"]
 Precision = Literal["fp32", "fp16"]
@@ -33,6 +36,9 @@ MOST_ONNX_BYTES = 2**31 - 2**25
 class Deployed(nn.Module):
     """A model as it is exported: inputs and outputs in float32, weights and arithmetic in ``precision``.
 
+    It takes images (b, c, h, w) or clips (b, c, t, h, w) and gives one tensor, also where the model is of transformers:
+    of what that returns the logits, else the embedding, the pooled output or the last hidden state.
+
     With fp16 the file takes and gives float32 all the same, so that it replaces an fp32 file without a change to the
     code around it, and probabilities are not computed of rounded outputs. What the model keeps in float32 on purpose
     (TokenLearner's maps and sums) stays so.
@@ -48,6 +54,9 @@ class Deployed(nn.Module):
     def __init__(self, model: nn.Module, precision: Precision) -> None:
         super().__init__()
         self.dtype = DTYPES[precision]
+        self.frames_first = takes_frames_first(model)
+        self.takes_clips = self.frames_first or bool(getattr(model, "takes_clips", False))
+        self.preprocessing = Preprocessing.of(model)
         self.model = copy.deepcopy(model).cpu().float().eval().requires_grad_(False)
         if precision == "fp32":
             return
@@ -59,12 +68,16 @@ class Deployed(nn.Module):
                 raise InputError(f"{name} has numbers beyond {largest:.0f}, float16's largest: use precision='fp32'")
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.model(x.to(self.dtype))
-        if not isinstance(y, Tensor):  # transformers' classifiers return a record
-            y = getattr(y, "logits", y)
-        if not isinstance(y, Tensor):
-            raise InputError(f"the model returns a {type(y).__name__}; one that returns one tensor can be exported")
-        return y.float()
+        return self.output(x)[1]
+
+    def output(self, x: Tensor) -> tuple[str, Tensor]:
+        """The output for ``x`` and its name, ``"logits"`` where there are classes."""
+        x = x.to(self.dtype)
+        y = self.model(rearrange(x, "b c t h w -> b t c h w") if self.frames_first else x)
+        if isinstance(y, Tensor):
+            return OUTPUT_NAME if getattr(self.model, "num_classes", None) != 0 else "features", y.float()
+        name, found = output_of(y)
+        return name, found.float()
 
 
 def check_request(model: nn.Module, format: str, precision: str, opset: int | None) -> None:  # noqa: A002
@@ -110,6 +123,7 @@ def write_graph(
     *,
     format: Format,  # noqa: A002
     input_name: str,
+    output_name: str = OUTPUT_NAME,
     opset: int | None = None,
 ) -> dict[str, int]:
     """Writes ``model`` to ``path`` and returns how many of each operator its graph has, the most frequent first.
@@ -121,7 +135,7 @@ def write_graph(
         path: The file; an existing one is overwritten.
         example: An input of the shape to export for. The batch is left open, and all else is fixed.
         format: ``"onnx"`` or ``"pt2"``.
-        input_name: ONNX's name of the input.
+        input_name, output_name: ONNX's names of the input and the output.
         opset: Of ONNX; 20 when None.
 
     Raises:
@@ -133,7 +147,7 @@ def write_graph(
                 program = torch.export.export(model, (example,), dynamic_shapes=({0: torch.export.Dim("batch")},))
             if format == "pt2":
                 return _write_program(program, path)
-            return _write_onnx(program, path, input_name, opset or OPSET)
+            return _write_onnx(program, path, input_name, output_name, opset or OPSET)
         except InputError:
             raise
         except Exception as error:  # of whatever torch could not trace or translate
@@ -160,13 +174,15 @@ def _write_program(program: torch.export.ExportedProgram, path: Path) -> dict[st
     return _by_frequency(str(node.target) for node in nodes if node.op == "call_function")
 
 
-def _write_onnx(program: torch.export.ExportedProgram, path: Path, input_name: str, opset: int) -> dict[str, int]:
+def _write_onnx(
+    program: torch.export.ExportedProgram, path: Path, input_name: str, output_name: str, opset: int
+) -> dict[str, int]:
     exported: Any = torch.onnx.export(
         program,
         dynamo=True,
         opset_version=opset,
         input_names=[input_name],
-        output_names=[OUTPUT_NAME],
+        output_names=[output_name],
         dynamic_shapes=({0: "batch"},),
         verbose=False,
         external_data=False,

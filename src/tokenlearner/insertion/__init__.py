@@ -1,5 +1,6 @@
 """TokenLearner inside hosts we did not write."""
 
+from tokenlearner.insertion.elastic import set_num_tokens
 from tokenlearner.insertion.insert import (
     attention_maps,
     insert,
@@ -22,4 +23,5 @@ __all__ = [
     "load",
     "remove",
     "save",
+    "set_num_tokens",
 ]

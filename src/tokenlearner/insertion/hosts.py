@@ -63,6 +63,8 @@ def host_of(model: nn.Module) -> Host:
     Raises:
         TypeError: No family we know, with the reason or what to give instead.
     """
+    if getattr(model, "wraps_host", False):
+        return host_of(model.model)  # type: ignore[arg-type]
     for adapter in adapters(model):
         if adapter.fits(model):
             return adapter(model)

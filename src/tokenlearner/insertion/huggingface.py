@@ -135,7 +135,7 @@ class HuggingFaceViT(Host):
 
     def lose_grid(self, first: int, last: int, num_tokens: int) -> None:
         self.num_tokens = num_tokens
-        if self.family.position == "bias":
+        if self.family.position in ("none", "bias"):
             self.tower.register_forward_pre_hook(RefuseMask(), with_kwargs=True)
         for bias in self._own_biases(first, last):
             bias.register_forward_hook(OffGridBias(num_tokens), with_kwargs=True)
@@ -150,7 +150,7 @@ class HuggingFaceViT(Host):
     @property
     def without_grid(self) -> WithoutGrid:  # type: ignore[override]
         """A function; see :meth:`Host.without_grid`."""
-        return without_grid(self.family.position, self.num_tokens)
+        return without_grid(self.family.position, self.num_tokens, getattr(self.tower, "shared_position_bias", None))
 
     def settle(self, spec: Insertion) -> None:
         """What is left to do when the learners are in place."""

@@ -24,7 +24,6 @@ from tokenlearner.insertion.layers import (
     WithoutGrid,
     drop_hooks,
     refuse_masks,
-    unmasked,
 )
 
 Position = Literal["none", "rope", "index", "bias"]
@@ -40,11 +39,22 @@ class NoteConvGrid(NoteGrid):
         self.record.note(grid)
 
 
-def without_grid(position: Position, num_tokens: int) -> WithoutGrid:
-    """How a family's layers are called on ``num_tokens`` tokens that have no place on the grid."""
+def without_grid(position: Position, num_tokens: int, shared_bias: nn.Module | None = None) -> WithoutGrid:
+    """How a family's layers are called on ``num_tokens`` tokens that have no place on the grid.
+
+    ``shared_bias`` is the relative position bias that all layers of a BEiT share, where it has one.
+    """
     if position == "bias":
-        return functools.partial(_bias_of_class_token, num_tokens)
-    return {"none": unmasked, "rope": _unrotated, "index": _at_origin}[position]
+        return functools.partial(_bias_of_class_token, num_tokens, shared_bias)
+    return {"none": _without_mask, "rope": _unrotated, "index": _at_origin}[position]
+
+
+def _without_mask(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+    """Leaves the mask out, the one thing layers are handed: :class:`RefuseMask` refused a user's, so it masks nothing.
+
+    Traced, transformers makes one for the full grid wherever the user gives none.
+    """
+    return (args[0], *[None] * len(args[1:])), {k: v for k, v in kwargs.items() if k != "attention_mask"}
 
 
 def _unrotated(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
@@ -63,13 +73,15 @@ def _at_origin(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
     return (args[0], torch.zeros(1, 1, dtype=torch.long, device=args[0].device)), kwargs
 
 
-def _bias_of_class_token(num_tokens: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
-    """BEiT hands the bias its layers share over as a mask, (1, e, n, n); a user's mask :class:`RefuseMask` refused."""
-    bias = kwargs.get("attention_mask")
-    if bias is None:
+def _bias_of_class_token(num_tokens: int, shared_bias: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Arguments:
+    """Replaces what BEiT hands its layers as a mask, (b or 1, e or 1, n, n): the bias they share, if they do.
+
+    It is not read off that mask, to which transformers adds one of its own when traced.
+    """
+    if "attention_mask" not in kwargs:  # the norm after the last layer
         return args, kwargs
-    entries = torch.stack([bias[0, :, 0, 1], bias[0, :, 1, 0], bias[0, :, 0, 0]])
-    return args, {**kwargs, "attention_mask": off_grid(entries, num_tokens)}
+    bias = None if shared_bias is None else off_grid(shared_bias.relative_position_bias_table[-3:], num_tokens)
+    return args, {**kwargs, "attention_mask": bias}
 
 
 def off_grid(entries: Float[Tensor, "3 e"], num_tokens: int) -> Float[Tensor, "1 e m m"]:
@@ -77,11 +89,11 @@ def off_grid(entries: Float[Tensor, "3 e"], num_tokens: int) -> Float[Tensor, "1
 
     ``entries`` are BEiT's for class token to patch, patch to class token, and class token to itself.
     """
-    bias = entries.new_zeros(1, entries.shape[1], num_tokens + 1, num_tokens + 1)
-    bias[0, :, 0, 1:] = entries[0][:, None]
-    bias[0, :, 1:, 0] = entries[1][:, None]
-    bias[0, :, 0, 0] = entries[2]
-    return bias
+    to_token, of_token, own = entries.unsqueeze(-1).unsqueeze(-1)  # (e, 1, 1) each
+    row = torch.cat([own, to_token.expand(-1, 1, num_tokens)], dim=2)
+    nothing = entries.new_zeros(entries.shape[1], num_tokens, num_tokens)
+    rest = torch.cat([of_token.expand(-1, num_tokens, 1), nothing], dim=2)
+    return torch.cat([row, rest], dim=1).unsqueeze(0)  # joined, as writing into zeros would export as a scatter
 
 
 class OffGridBias:
@@ -117,11 +129,11 @@ def _index_on_cpu(window_size: tuple[int, int]) -> Tensor:
 
 
 class RefuseMask:
-    """Forward pre-hook of BEiT: refuses a mask over patches, which its layers get added to the bias they share."""
+    """Forward pre-hook of a bare vision model: refuses a user's mask over patches, before one of its own is made."""
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         names = [name for name in inspect.signature(type(module).forward).parameters if name != "self"]
-        refuse_masks((), {"attention_mask": {**dict(zip(names, args)), **kwargs}.get("attention_mask")})
+        refuse_masks((), {**dict(zip(names, args)), **kwargs})
 
 
 class SkipPredictor:

@@ -152,8 +152,8 @@ def _with_class(config: Any, classes: Mapping[type[PreTrainedConfig], type[PreTr
 
 
 def _insert_again(model: Any, values: Mapping[str, Any]) -> None:
+    from tokenlearner.insertion.elastic import insert_again
     from tokenlearner.insertion.huggingface import HuggingFaceViT
-    from tokenlearner.insertion.insert import insert
 
     try:
         spec = Insertion(**values)
@@ -165,7 +165,7 @@ def _insert_again(model: Any, values: Mapping[str, Any]) -> None:
             f"{type(model.config).__name__}: token_learner was made for a host of {spec.host_depth} layers, but "
             f"this one has {depth}"
         )
-    insert(model, **spec.to_insert_arguments())
+    insert_again(model, spec)
 
 
 def _module(model: Any) -> nn.Module:

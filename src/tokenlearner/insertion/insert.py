@@ -49,7 +49,7 @@ __all__ = [
 
 ModelT = TypeVar("ModelT", bound=nn.Module)
 
-_SPEC = "token_learner_insertion"  # the attribute of the model that holds its Insertion
+SPEC = "token_learner_insertion"  # the attribute of the model that holds its Insertion
 _WINDOWS = {"neighbours": 3, "window": 2}  # the window for each `over`, where none is given
 
 
@@ -164,7 +164,7 @@ def insert(
     if not fuser and without_grid is not unmasked:  # every layer is handed the grid's own, so each has to lose it
         for layer in list(host.layers())[index + 1 :]:
             layer.register_forward_pre_hook(LeaveGrid(without_grid), with_kwargs=True)
-    setattr(model, _SPEC, spec)
+    setattr(model, SPEC, spec)
     if not fuser:
         host.guard_intermediates(spec)
     return model
@@ -196,13 +196,13 @@ def remove(model: ModelT) -> ModelT:
             del carrier.token_learner
             drop_hooks(carrier, LearnTokens)
     host.truncate_layers(spec.host_depth)
-    delattr(model, _SPEC)
+    delattr(model, SPEC)
     return model
 
 
 def insertion_of(model: nn.Module) -> Insertion | None:
     """What is inserted in ``model``, or None."""
-    return getattr(model, _SPEC, None)
+    return getattr(model, SPEC, None)
 
 
 def learners(model: nn.Module) -> dict[int, TokenLearner]:

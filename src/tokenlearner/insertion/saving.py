@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from tokenlearner.errors import InputError
+from tokenlearner.insertion.elastic import insert_again, set_num_tokens
 from tokenlearner.insertion.hosting import build_host, describe_host
-from tokenlearner.insertion.insert import insert, insertion_of
+from tokenlearner.insertion.insert import insertion_of, learners
 from tokenlearner.insertion.spec import Insertion
 
 FORMAT = 1
@@ -117,7 +118,7 @@ def save(
     preprocessing: Preprocessing | None = None,
     labels: Sequence[str] | None = None,
 ) -> Path:
-    """Writes ``model`` to ``folder`` and returns the folder.
+    """Writes ``model`` to ``folder`` and returns the folder; one loaded from a folder of transformers as these do.
 
     Each file appears whole or not at all. ``preprocessing`` and ``labels`` (names of the outputs, in order) default to
     what the model carries as ``model.preprocessing`` and ``model.label_names``, or to its timm configuration.
@@ -128,6 +129,9 @@ def save(
             labels is off.
     """
     folder = Path(folder)
+    if getattr(model, "wraps_host", False):
+        model.save_pretrained(folder, labels or ())  # type: ignore[operator]
+        return folder
     labels = list(labels) if labels is not None else list(getattr(model, "label_names", None) or [])
     _check_labels(labels, model)
     if any(t.is_meta for t in model.state_dict().values()):
@@ -136,11 +140,13 @@ def save(
     from tokenlearner import __version__
 
     insertion = spec.to_dict() if spec else None
-    built = {"host": describe_host(model, lambda host: _build(host, insertion)), "insertion": insertion}
+    used = None if spec else _used_tokens(model)
+    built = {"host": describe_host(model, lambda host: _build(host, insertion, used)), "insertion": insertion}
     config = {
         "format": FORMAT,
         "versions": {"tokenlearner": __version__, "timm": timm.__version__, "torch": torch.__version__},
         **built,
+        **({"used_tokens": used} if used else {}),
         "preprocessing": asdict(preparation) if preparation else None,
         "labels": labels or None,
     }
@@ -160,14 +166,20 @@ def save(
 def load(folder: str | Path) -> nn.Module:
     """Builds the model saved in ``folder``: host, insertion, weights; in eval mode, on the CPU.
 
+    A folder of transformers, with its processor, is loaded too: see ``insertion/huggingface_folder.py``.
+
     The model carries ``model.preprocessing`` and ``model.label_names`` (each None if not known).
 
     Raises:
         InputError: A file is missing or damaged, or config and weights don't belong together; says what differs.
     """
     folder = Path(folder)
+    from tokenlearner.insertion.huggingface_folder import is_pretrained, open_pretrained
+
+    if is_pretrained(folder):
+        return open_pretrained(folder)
     config = read_config(folder)
-    model = _build(config["host"], config["insertion"])
+    model = _build(config["host"], config["insertion"], config.get("used_tokens"))
     state, saved_from = _read_weights(folder)
     if mismatch := _mismatch(model.state_dict(), state):
         raise InputError(f"{folder / WEIGHTS} does not fit {CONFIG}: {mismatch}")
@@ -184,17 +196,24 @@ def load(folder: str | Path) -> nn.Module:
     return model.eval()
 
 
-def _build(host: dict[str, Any], insertion: Mapping[str, Any] | None) -> nn.Module:
-    """The model without numbers."""
+def _build(host: dict[str, Any], insertion: Mapping[str, Any] | None, used_tokens: int | None) -> nn.Module:
+    """The model without numbers. ``used_tokens`` is that of a host with TokenLearners of its own."""
     with torch.device("meta"):
         model = build_host(host)
-        if insertion is None:
-            return model
-        spec = _insertion(insertion, model)
+        spec = None if insertion is None else _insertion(insertion, model)
         try:
-            return insert(model, **spec.to_insert_arguments())
+            if spec is not None:
+                insert_again(model, spec)
+            if used_tokens is not None:
+                set_num_tokens(model, used_tokens)
         except (TypeError, ValueError) as error:
             raise InputError(f"{CONFIG}: the insertion does not fit the host: {error}") from error
+    return model
+
+
+def _used_tokens(model: nn.Module) -> int | None:
+    """How many tokens a model with TokenLearners of its own uses, where :func:`set_num_tokens` said so."""
+    return next((learner.used_tokens for learner in learners(model).values()), None)
 
 
 def _take_dtype(model: nn.Module, state: Mapping[str, Tensor]) -> None:

@@ -18,7 +18,9 @@ FUSERS: tuple[str, ...] = ("fuser", "unpool", "reproject")
 class Insertion:
     """One insertion. ``at`` is resolved to a layer index and ``host_depth`` is the host's own number of layers.
 
-    ``window`` is the number used, never a default to be looked up; None only for ``over="slice"``.
+    ``window`` is the number used, never a default to be looked up; None only for ``over="slice"``. ``elastic`` is
+    whether the model was trained on random numbers of its tokens, and ``used_tokens`` how many of the ``num_tokens`` it
+    uses since :func:`set_num_tokens`, None for all.
     """
 
     num_tokens: int
@@ -33,15 +35,21 @@ class Insertion:
     mix: Mix = "slice"
     over: Over = "slice"
     window: int | None = None
+    elastic: bool = False
+    used_tokens: int | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
     def to_insert_arguments(self) -> dict[str, Any]:
         """The keyword arguments with which :func:`insert` does the same again on the same host."""
-        arguments = asdict(self)
-        del arguments["host_depth"]
-        return arguments
+        not_arguments = ("host_depth", "elastic", "used_tokens")
+        return {name: value for name, value in asdict(self).items() if name not in not_arguments}
+
+    @property
+    def tokens(self) -> int:
+        """The tokens that layers run on, per image, slice or window."""
+        return self.used_tokens or self.num_tokens
 
     def describe(self) -> str:
         fused = f" with {self.fuser} in every layer" if self.fuser else ""
@@ -53,7 +61,9 @@ class Insertion:
             "window": f" per window of {self.window} slices",
         }[self.over]
         place = f"before layer {self.at} of {self.host_depth}"
-        return f"{self.num_tokens} tokens ({self.kind}){over} {place}{fused}{extra}"
+        tokens = str(self.num_tokens) if self.used_tokens is None else f"{self.used_tokens} of {self.num_tokens}"
+        tokens += " elastic tokens" if self.elastic else " tokens"
+        return f"{tokens} ({self.kind}){over} {place}{fused}{extra}"
 
 
 def resolve_at(at: int | float, depth: int, layers: int) -> int:

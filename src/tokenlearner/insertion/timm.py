@@ -173,7 +173,7 @@ def _forward_intermediates(
         raise ValueError("forward_intermediates: norm=True would learn tokens from every intermediate; use norm=False")
     if late and given.get("output_fmt", "NCHW") != "NLC":
         raise ValueError(
-            f"forward_intermediates: layers {', '.join(map(str, late))} run on {spec.num_tokens} learned tokens, which "
+            f"forward_intermediates: layers {', '.join(map(str, late))} run on {spec.tokens} learned tokens, which "
             f"have no height and width; take layers before {spec.at}, use output_fmt='NLC', or insert with a fuser"
         )
     return original(model, x, *args, **kwargs)

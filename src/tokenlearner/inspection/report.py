@@ -98,12 +98,12 @@ def write_report(
     first, titles = results[0], columns(results)
     rows = "".join(f"<tr>{_row(titles, cells(result, first))}</tr>" for result in results)
     head = "".join(f"<th>{html.escape(column)}</th>" for column in titles)
-    key = "val_accuracy" if first.metric == "accuracy" else "val_map"
+    key = {"accuracy": "val_accuracy", "cosine": "val_cosine"}.get(first.metric, "val_map")
     curves = "".join(
         draw_curves(
             {r.name: [(row["epoch"] + 1, row[key] * scale) for row in r.history if key in row] for r in results}, label
         )
-        for key, label, scale in ((key, f"held-out {first.metric}, %", 100), ("train_loss", "training loss", 1))
+        for key, label, scale in ((key, *_scale(first.metric)), ("train_loss", "training loss", 1))
     )
     body = [
         f"<h1>{html.escape(title)}</h1><p>{html.escape(lead)}</p>",
@@ -155,6 +155,10 @@ def draw_curves(series: Mapping[str, Sequence[tuple[float, float]]], label: str)
         figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
     svg = buffer.getvalue()
     return svg[svg.index("<svg") :].replace(_INK, "currentColor")
+
+
+def _scale(metric: str) -> tuple[str, int]:
+    return ("held-out cosine", 1) if metric == "cosine" else (f"held-out {metric}, %", 100)
 
 
 def _intro(films: bool) -> str:

@@ -58,8 +58,21 @@ def columns(results: Sequence[ModelResult]) -> tuple[str, ...]:
 
     There is always at least one result.
     """
-    inputs = results[0].inputs
-    return "model", "accuracy", "parameters", f"MACs / {inputs.removesuffix('s')}", f"{inputs}/s", "tokens per layer"
+    inputs, metric = results[0].inputs, results[0].metric
+    return (
+        "model",
+        "cosine" if metric == "cosine" else "accuracy",
+        "parameters",
+        f"MACs / {inputs.removesuffix('s')}",
+        f"{inputs}/s",
+        "tokens per layer",
+    )
+
+
+def score(result: ModelResult) -> str:
+    if result.metric == "cosine":
+        return f"{result.accuracy:.4f}"
+    return f"{result.accuracy:.2%}" + ("" if result.metric == "accuracy" else f" {result.metric}")
 
 
 def cells(result: ModelResult, first: ModelResult) -> tuple[str, ...]:
@@ -70,7 +83,7 @@ def cells(result: ModelResult, first: ModelResult) -> tuple[str, ...]:
         speed += f" ({result.speedup:.2f}×)"
     return (
         result.name,
-        f"{result.accuracy:.2%}" + ("" if result.metric == "accuracy" else f" {result.metric}"),
+        score(result),
         f"{result.parameters:,}",
         macs,
         speed,

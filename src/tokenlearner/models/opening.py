@@ -17,7 +17,8 @@ from tokenlearner.insertion.saving import Preprocessing, load
 
 
 def open_trained(source: str | Path, **options: Any) -> nn.Module:
-    """The model saved in the folder ``source``, or the one timm or this package has weights of under that name.
+    """The model saved in the folder ``source``, or the one that timm, this package or Hugging Face's hub (names such as
+    ``google/vit-base-patch16-224``, of transformers) has weights of under that name.
 
     In eval mode, on the CPU, with ``preprocessing`` and ``label_names`` (None if not known). ``options`` go to
     ``timm.create_model``.
@@ -28,6 +29,8 @@ def open_trained(source: str | Path, **options: Any) -> nn.Module:
     name = str(source)
     if Path(source).is_dir():
         return load(source)
+    if name.count("/") == 1 and not Path(name).parent.exists():  # else a folder is meant, with a slip in its name
+        return load(_fetched(name))
     if not timm.is_model(name.split(".")[0]):
         known = [
             entry for pattern in ("tokenlearner_*", "vivit_*", "x2plus1d_*") for entry in timm.list_pretrained(pattern)
@@ -48,6 +51,19 @@ def open_trained(source: str | Path, **options: Any) -> nn.Module:
         model.preprocessing = replace(model.preprocessing, fps=rate)
     model.label_names = getattr(model, "label_names", None)
     return model.eval()
+
+
+def _fetched(name: str) -> str:
+    """The folder where the hub's files of a model of transformers have been put."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return snapshot_download(name, allow_patterns=["*.json", "*.safetensors"])
+    except Exception as error:
+        raise InputError(
+            f"there is no folder {name}, and no model of that name could be fetched from the hub "
+            f"({type(error).__name__})"
+        ) from error
 
 
 def _frames_a_second(model: Any) -> float | None:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from tokenlearner.core.alpha import Grid
 from tokenlearner.core.learner import TokenLearner
 from tokenlearner.errors import InputError
+from tokenlearner.insertion.elastic import most_tokens
 from tokenlearner.insertion.hosting import build_host
 from tokenlearner.insertion.insert import insert, insertion_of
 from tokenlearner.insertion.layers import HostGrid
@@ -43,16 +44,21 @@ def build_model(recipe: Recipe, num_classes: int | None, on: str = "cpu") -> nn.
     """
     model = _host(recipe, num_classes, on)
     own = insertion_of(model)  # of a model that is published with a TokenLearner
-    if (
+    is_done = (
         recipe.tokens == 0
         or isinstance(model, X2Plus1D)
         or (own and insertion_arguments(recipe) == insertion_arguments(Recipe()))
-    ):
-        return model
+    )
+    if recipe.elastic and recipe.tokens == 0:
+        raise InputError("elastic trains on random numbers of the tokens, and tokens=0 leaves none: give at least 1")
     try:
-        return insert(model, **insertion_arguments(recipe))
+        if not is_done:
+            insert(model, **insertion_arguments(recipe))
+        if recipe.elastic:
+            most_tokens(model)  # refuses what can't take fewer
     except (TypeError, ValueError) as error:
         raise InputError(str(error)) from error
+    return model
 
 
 def insertion_arguments(recipe: Recipe) -> dict[str, Any]:

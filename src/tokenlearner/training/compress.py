@@ -13,29 +13,33 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import timm.data
+import lightning as L
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from tokenlearner.data.clip_sources import Listing
 from tokenlearner.data.images import OnError
 from tokenlearner.errors import InputError
 from tokenlearner.evaluation.accuracy import evaluate, needed_preprocessing
 from tokenlearner.evaluation.multilabel import evaluate_multilabel
+from tokenlearner.insertion.elastic import most_tokens
 from tokenlearner.insertion.hosting import bare_on_meta
+from tokenlearner.insertion.hosts import host_of
 from tokenlearner.insertion.insert import insert, insertion_of
 from tokenlearner.insertion.saving import load, save
 from tokenlearner.inspection.cost import cost
 from tokenlearner.inspection.report import write_report
 from tokenlearner.inspection.speed import measure_speed
-from tokenlearner.inspection.summary import hardware, write_summary
+from tokenlearner.inspection.summary import ModelResult, hardware, write_summary
 from tokenlearner.models.opening import open_trained
 from tokenlearner.training.build import insertion_arguments
-from tokenlearner.training.fit import Fitted, result_of
+from tokenlearner.training.class_names import published_labels, read_as
+from tokenlearner.training.fit import Fitted, Processes, result_of
 from tokenlearner.training.foreign import model_of_checkpoint
 from tokenlearner.training.material import Material, prepared, read_material
 from tokenlearner.training.recipe import Recipe, check_recipe
-from tokenlearner.training.train import SUMMARY, train
+from tokenlearner.training.train import RECIPE, SUMMARY, Ready, recipe_of_run, refuse_unfinished, train
+from tokenlearner.training.unlabelled import compress_unlabelled
 
 HOST = "host"  # the folder in the output where the model stands as it was
 
@@ -49,6 +53,7 @@ def compress(
     host: str | None = None,
     macs: float | None = None,
     latency: float | None = None,
+    unlabelled: bool = False,
     on_error: OnError = "skip",
     resume: bool = False,
     listing: Listing | None = None,
@@ -61,12 +66,16 @@ def compress(
 
     Args:
         model: A folder ``save`` wrote, a name timm or this package has weights of, or a checkpoint of ``host``.
-        data: What ``train`` takes, with the classes of the model: folders named as its labels are.
+        data: What ``train`` takes, with classes that the model knows, all or some of them, by about the names it has.
+            If it names none, as many as it has outputs, in the order ``train`` reads them in.
         output: A new folder.
-        recipe: What is inserted and how it is trained; ``model``, ``init`` and the teacher are set here.
+        recipe: What is inserted and how it is trained, best a ``CompressRecipe``; ``model``, ``init`` and the teacher
+            are set here.
         host: timm's name of the model whose weights a checkpoint file holds.
         macs, latency: Share of the model's MACs, or of its time for one input on this machine, that the result may
-            take; ``recipe.at`` is then chosen: the last layer that keeps to it.
+            take: see :func:`within_budget`.
+        unlabelled: Train towards the model's features alone, on pictures without labels, as is done in any case with a
+            model that has no head: see :func:`compress_unlabelled`.
         resume: Go on with a run that was stopped.
         log: Gets a line for every step.
 
@@ -77,39 +86,63 @@ def compress(
     start, output = time.perf_counter(), Path(output)
     if macs is not None and latency is not None:
         raise InputError("--macs and --latency both choose the layer: give one of them")
-    check_recipe(recipe)
+    going_on = resume and (output / RECIPE).is_file()
+    if going_on:  # what was chosen for a budget stays
+        recipe = recipe_of_run(output, recipe)
+    elif Processes.of_torchrun().rank == 0:
+        refuse_unfinished(output)
+    check_recipe(recipe := replace(recipe, model=None, init=None))
     source = stand_alone(model, output / HOST, host)
-    before = load(source)
+    before: Any = load(source)
     if (inside := insertion_of(before)) is not None:
         raise InputError(f"{model} already has {inside.describe()}; give the model it was made of")
-    material = read_material(Path(data), recipe, listing, labels_of(before, model))
-    rate = prepared(needed_preprocessing(before), before, recipe, material)
-    before.preprocessing = rate  # type: ignore[assignment]
+    if unlabelled or not getattr(before, "num_classes", 0):
+        if not going_on and (macs is not None or latency is not None):
+            size = needed_preprocessing(before).model_input
+            recipe = within_budget(before, recipe, size, macs=macs, latency=latency)
+        return compress_unlabelled(
+            before,
+            data,
+            output,
+            replace(recipe, init=str(source)),
+            name=Path(model).name,
+            on_error=on_error,
+            resume=resume,
+            log=log,
+        )
+    labels, material = known_classes(before, model, lambda classes: read_material(Path(data), recipe, listing, classes))
+    before.preprocessing = rate = prepared(needed_preprocessing(before), before, recipe, material)
     scored = score(before, material, on_error)
     log(f"{model}: {scored:.2%} on {len(material.data.val):,} held-out {material.noun}")
     refuse_chance(scored, material, model)
-    if macs is not None or latency is not None:
-        recipe = replace(recipe, at=place_for(before, recipe, rate.model_input, macs=macs, latency=latency))
-    wanted = replace(recipe, model=None, init=str(source), distill=replace(recipe.distill, teacher=str(source)))
+    if not going_on and (macs is not None or latency is not None):
+        recipe = within_budget(before, recipe, rate.model_input, macs=macs, latency=latency)
     log(f"{recipe.tokens} tokens from layer {recipe.at} on, {recipe.epochs} epochs with the model as teacher")
-    done = train(
-        data, wanted, output, on_error=on_error, resume=resume, listing=listing, classes=material.data.train.classes
-    )
+    L.seed_everything(recipe.seed, workers=True, verbose=False)
+    try:
+        student = insert(copy.deepcopy(before), **insertion_arguments(recipe))
+        if recipe.elastic:
+            most_tokens(student)  # refuses what can't have fewer
+    except (TypeError, ValueError) as error:
+        raise InputError(str(error)) from error
+    wanted = replace(recipe, init=str(source), distill=replace(recipe.distill, teacher=str(source)))
+    ready = Ready(student, rate, material, labels, teacher=before, name=Path(model).name)
+    done = train(data, wanted, output, on_error=on_error, resume=going_on, ready=ready)
     if not done:  # another process of several writes
         return {}
     after = load(output)
-    after_score = score(after, material, on_error)
-    models = {"host": before, "tokenlearner": after}
-    batch = torch.randn(min(16, recipe.batch_size), *rate.model_input)
-    speeds = {speed.name: speed for speed in measure_speed(models, batch, rounds=9)}
-    trained = {"host": (scored, 0.0), "tokenlearner": (after_score, done["models"][0]["train_seconds"])}
-    metric = "mean average precision" if material.multilabel else "accuracy"
-    results = [
-        result_of(name, models[name], Fitted(accuracy, took, [], (), metric), speeds[name], rate.model_input)
-        for name, (accuracy, took) in trained.items()
-    ]
-    seconds = time.perf_counter() - start
+    results = side_by_side(
+        {"host": before, "tokenlearner": after},
+        {"host": scored, "tokenlearner": score(after, material, on_error)},
+        {"host": 0.0, "tokenlearner": done["models"][0]["train_seconds"]},
+        material,
+        torch.randn(min(16, recipe.batch_size), *rate.model_input),
+    )
     spec: Any = insertion_of(after)
+    looks = {}
+    if spec.kind != "average":
+        looks = material.looks(after, material.datasets(recipe, rate, on_error)[1], rate, output / "maps")
+    seconds = time.perf_counter() - start
     write_report(
         output / "report.html",
         f"{Path(model).name}, compressed",
@@ -117,6 +150,7 @@ def compress(
         f"{len(material.data.val):,} held-out {material.noun}.",
         results,
         footer=f"tokenlearner compress, seed {recipe.seed}, {seconds:.0f} s on {hardware()}.",
+        **looks,
     )
     return write_summary(
         output / SUMMARY,
@@ -132,6 +166,48 @@ def compress(
     )
 
 
+def side_by_side(
+    models: dict[str, nn.Module],
+    scores: dict[str, float],
+    seconds: dict[str, float],
+    material: Material,
+    batch: Tensor,
+) -> list[ModelResult]:
+    """A row for each model, timed in turns on ``batch``; ``seconds`` is what its training took."""
+    metric = "mean average precision" if material.multilabel else "accuracy"
+    return [
+        result_of(
+            speed.name,
+            models[speed.name],
+            Fitted(scores[speed.name], seconds[speed.name], [], (), metric),
+            speed,
+            tuple(batch.shape[1:]),
+        )
+        for speed in measure_speed(models, batch, rounds=9)
+    ]
+
+
+def known_classes(
+    model: nn.Module, name: str, read: Callable[[Sequence[str] | None], Material]
+) -> tuple[Sequence[str], Material]:
+    """The names of the model's outputs, and the data with its classes in their order.
+
+    Raises:
+        InputError: The model names no labels and has not as many outputs as there are classes, or the data have others.
+    """
+    labels: Any = getattr(model, "label_names", None)
+    if labels is not None:
+        return labels, read_as(labels, read, lambda it: it.data.train.classes)
+    material = read(None)
+    classes, outputs = material.data.train.classes, model.num_classes
+    if len(classes) != outputs:
+        raise InputError(
+            f"{name} names no labels, and its {outputs} outputs can't be the {len(classes)} classes of DATA: save it "
+            "with save(model, folder, labels=[…]), or train towards its features alone, with --unlabelled"
+        )
+    return classes, material
+
+
 def stand_alone(model: str, folder: Path, host: str | None) -> Path:
     """The folder of ``model``: its own if ``save`` wrote it, else ``folder``, where it is saved."""
     path = Path(model)
@@ -145,29 +221,6 @@ def stand_alone(model: str, folder: Path, host: str | None) -> Path:
         found = open_trained(model)
     names = getattr(found, "label_names", None)
     return save(found, folder, labels=names or published_labels(getattr(found, "num_classes", 0)))
-
-
-def published_labels(outputs: int) -> list[str] | None:
-    """The class folders' names of the ImageNet whose number of classes this is, in the order of timm's outputs."""
-    subset = {1000: "imagenet-1k", 11821: "imagenet-12k", 21841: "imagenet-22k", 21843: "imagenet-21k-goog"}.get(
-        outputs
-    )
-    return timm.data.ImageNetInfo(subset).label_names() if subset else None
-
-
-def labels_of(model: nn.Module, name: str) -> Sequence[str]:
-    """The classes of the model's outputs.
-
-    Raises:
-        InputError: It does not name them.
-    """
-    names: Any = getattr(model, "label_names", None)
-    if names is None:
-        raise InputError(
-            f"{name} names no labels, so class folders can't be matched with its outputs: "
-            "save it with save(model, folder, labels=[…])"
-        )
-    return names
 
 
 def score(model: nn.Module, material: Material, on_error: OnError) -> float:
@@ -190,15 +243,18 @@ def refuse_chance(scored: float, material: Material, name: str) -> None:
         )
 
 
-def place_for(
+def within_budget(
     model: nn.Module,
     recipe: Recipe,
     size: tuple[int, ...],
     *,
     macs: float | None = None,
     latency: float | None = None,
-) -> int:
-    """The last layer before which tokens can be learned so that the share of ``macs``, or of ``latency``, is kept to.
+) -> Recipe:
+    """``recipe`` with the place and the number of tokens for a share of the host's MACs, or of its time for one input.
+
+    The last layer before which ``recipe.tokens`` tokens keep to it, then as many tokens, doubled again and again, as
+    still do there: later layers see more of the picture, and what is left of the budget goes to more tokens.
 
     Raises:
         InputError: No layer is early enough; says what the earliest comes to.
@@ -207,25 +263,25 @@ def place_for(
     assert wanted is not None, "a budget is given"
     if not 0 < wanted < 1:
         raise InputError(f"a budget is a share of the model's own cost, above 0 and below 1, not {wanted}")
-    depth = len(model.blocks)  # type: ignore[arg-type]
-    whole = cost(model, size).macs
-    arguments = insertion_arguments(recipe)
+    depth = len(host_of(model).layers())
+    whole = cost(model, size)
 
-    def share(at: int) -> float:
+    def share(at: int, tokens: int) -> float:
+        arguments = {**insertion_arguments(recipe), "num_tokens": tokens, "at": at}
         if latency is None:
             with torch.device("meta"):
-                return cost(insert(bare_on_meta(model), **{**arguments, "at": at}), size).macs / whole
-        twin = insert(copy.deepcopy(model), **{**arguments, "at": at})
+                return cost(insert(bare_on_meta(model), **arguments), size).macs / whole.macs
+        twin = insert(copy.deepcopy(model), **arguments)
         speeds = measure_speed({"host": model, "it": twin}, torch.randn(1, *size), rounds=5)
         return 1 / speeds[1].ratio
 
-    low, high = 0, depth  # shares grow with at
-    if (least := share(0)) > wanted:
+    low, high, tokens = 0, depth, recipe.tokens  # shares grow with at
+    if (least := share(0, tokens)) > wanted:
         what = "MACs" if latency is None else "time"
-        raise InputError(
-            f"{recipe.tokens} tokens from the first layer on still take {least:.2f} of the {what}, not {wanted}"
-        )
+        raise InputError(f"{tokens} tokens from the first layer on still take {least:.2f} of the {what}, not {wanted}")
     while low < high:
         middle = (low + high + 1) // 2
-        low, high = (middle, high) if share(middle) <= wanted else (low, middle - 1)
-    return low
+        low, high = (middle, high) if share(middle, tokens) <= wanted else (low, middle - 1)
+    while 2 * tokens < min(whole.tokens) and share(low, 2 * tokens) <= wanted:
+        tokens *= 2
+    return replace(recipe, at=low, tokens=tokens)

@@ -24,10 +24,11 @@ class Seen(NamedTuple):
     features: Float[Tensor, "b d"] | None
 
 
-class Distilled(Classifier):
-    """A :class:`Classifier` that is trained towards ``teacher`` too, on the same mixed images.
+class Taught(Classifier):
+    """A :class:`Classifier` with a ``teacher``, which sees the same mixed images.
 
-    The teacher stays in eval mode and is none of this module's children: no optimizer, average or checkpoint has it.
+    The teacher stays in eval mode and is none of this module's children: no optimizer, average or checkpoint has it. It
+    is on this module's device while that is trained, and on the CPU again after it.
     """
 
     def __init__(
@@ -35,16 +36,30 @@ class Distilled(Classifier):
     ) -> None:
         super().__init__(model, recipe, num_classes, **options)
         self._teacher = (teacher.eval().requires_grad_(False),)  # in a tuple, or it would become a child
-        if recipe.distill.features:
-            classifier_of(model)  # refuses now what has none
+
+    @property
+    def teacher(self) -> nn.Module:
+        return self._teacher[0]
 
     def on_fit_start(self) -> None:
-        self._teacher[0].to(self.device)
+        self.teacher.to(self.device)
+
+    def on_fit_end(self) -> None:
+        self.teacher.cpu()
+
+
+class Distilled(Taught):
+    """Trained on the labels, and towards what the teacher makes of the images."""
+
+    def __init__(self, model: nn.Module, recipe: Recipe, num_classes: int, **options: Any) -> None:
+        super().__init__(model, recipe, num_classes, **options)
+        if recipe.distill.features:
+            classifier_of(model)  # refuses now what has none
 
     def loss(self, images: Tensor, targets: Tensor) -> Tensor:
         wanted = self.recipe.distill
         with torch.no_grad():
-            taught = seen_by(self._teacher[0], images, wanted)
+            taught = seen_by(self.teacher, images, wanted)
         seen = seen_by(self.model, images, wanted)
         labels = loss_of(seen.logits, targets, self.recipe.loss)
         return wanted.labels * labels + distance(seen, taught, wanted, self.recipe.loss)

@@ -30,7 +30,7 @@ from tokenlearner.inspection.cost import cost
 from tokenlearner.inspection.speed import Speed
 from tokenlearner.inspection.summary import ModelResult
 from tokenlearner.training.checkpoint import Progress, WholeCheckpoints, checkpoint_callbacks, read_progress
-from tokenlearner.training.distill import Distilled
+from tokenlearner.training.distill import Distilled, Taught
 from tokenlearner.training.module import Classifier
 from tokenlearner.training.recipe import Recipe
 from tokenlearner.training.sampling import EpochBatches, Seeded
@@ -64,6 +64,7 @@ def fit(
     resume: bool = False,
     data: str = "",
     teacher: nn.Module | None = None,
+    taught: type[Taught] = Distilled,
 ) -> Fitted:
     """Trains ``model`` in place by ``recipe``; logs to ``folder/metrics.csv``; leaves it in eval mode on the CPU.
 
@@ -77,6 +78,7 @@ def fit(
         resume: Go on from it, if there is one, as if the run had never stopped.
         data: What identifies the data sets; a checkpoint made with other ``data`` is refused.
         teacher: A model of the same classes to be trained towards, as ``recipe.distill`` says.
+        taught: What is learned from it.
 
     Raises:
         InputError: Recipe, labels, processes or checkpoint don't go together, or the training has gone wrong.
@@ -87,7 +89,7 @@ def fit(
     if teacher is None:
         classifier = Classifier(model.train(), recipe, num_classes, **options)
     else:
-        classifier = Distilled(model.train(), recipe, num_classes, teacher=teacher, **options)
+        classifier = taught(model.train(), recipe, num_classes, teacher=teacher, **options)
     progress = read_progress(folder, data) if resume else None
     world = Processes.of_torchrun()
     train_loader, val_loader = _loaders(train_set, val_set, recipe, world, progress)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -68,7 +69,8 @@ def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
 
 
 def model_of_checkpoint(path: str | Path, host: str) -> nn.Module:
-    """The timm model named ``host`` with the weights of ``path``, as many outputs as its head has.
+    """The timm model named ``host`` with the weights of ``path``, as many outputs as its head has, for square images of
+    as many patches as the checkpoint has positions.
 
     Raises:
         InputError: No such model, or weights of another one; names what differs.
@@ -81,7 +83,10 @@ def model_of_checkpoint(path: str | Path, host: str) -> nn.Module:
         for key in ("head.weight", "head.fc.weight", "fc.weight", "classifier.weight")
         if key in state
     ]
-    model = timm.create_model(host, num_classes=heads[0] if heads else 0)
+    options: dict[str, Any] = {"num_classes": heads[0] if heads else 0}
+    model = timm.create_model(host, **options)
+    if (side := _image_size(model, state)) is not None:
+        model = timm.create_model(host, img_size=side, **options)
     own = model.state_dict()
     ignored = {key for key in state if key.endswith(("num_batches_tracked", "total_ops", "total_params", "n_averaged"))}
     missing = sorted(own.keys() - state.keys() - ignored)
@@ -97,3 +102,13 @@ def model_of_checkpoint(path: str | Path, host: str) -> nn.Module:
         raise InputError(f"{path} is not of {host}: {'; '.join([*parts, *shapes[:2]])}")
     model.load_state_dict({key: value for key, value in state.items() if key in own})
     return model.eval()
+
+
+def _image_size(model: nn.Module, state: Mapping[str, Tensor]) -> int | None:
+    """Pixels a side of the images that ``state`` has positions for; None where those are the model's own."""
+    own, found = getattr(model, "pos_embed", None), state.get("pos_embed")
+    embed: Any = getattr(model, "patch_embed", None)
+    if own is None or embed is None or found is None or found.ndim != 3 or found.shape[1] == own.shape[1]:
+        return None
+    side = math.isqrt(found.shape[1] - own.shape[1] + embed.num_patches)
+    return side * embed.patch_size[0]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from typing import Any
 
@@ -16,10 +17,11 @@ from tokenlearner.data.images import Batch, Damaged
 from tokenlearner.errors import InputError
 from tokenlearner.evaluation.clips import logits_of
 from tokenlearner.evaluation.multilabel import MeanAveragePrecision
+from tokenlearner.insertion.elastic import most_tokens, note_elastic, set_num_tokens
 from tokenlearner.training.losses import Targets, loss_of
 from tokenlearner.training.optim import build_optimizer, build_schedule
 from tokenlearner.training.recipe import Recipe
-from tokenlearner.training.sampling import seed_step
+from tokenlearner.training.sampling import draw_tokens, seed_step
 
 
 class Mean:
@@ -42,8 +44,15 @@ class Classifier(L.LightningModule):
     ``val_map`` instead of the accuracy for multi-label data. ``history`` has these as a row per epoch, with the step
     and the learning rate; ``damaged`` has the files that could not be decoded, each once.
 
+    With ``recipe.elastic`` every optimizer step is on a random number of the model's tokens, the first ones, the same
+    in all processes; between steps, and so wherever the model is scored or saved, it has all of them. Its insertion
+    notes that.
+
     Args:
         data: What identifies the training data; a checkpoint of a run on other data is refused.
+
+    Raises:
+        InputError: ``recipe.elastic`` for a model that can't take fewer tokens.
     """
 
     def __init__(
@@ -61,6 +70,9 @@ class Classifier(L.LightningModule):
             cutmix=augment.cutmix,
             label_smoothing=recipe.label_smoothing,
         )
+        self.most_tokens = most_tokens(model) if recipe.elastic else None
+        if recipe.elastic:
+            note_elastic(model)
         self.score_name = "val_map" if multilabel else "val_accuracy"
         self.score: Metric = MeanAveragePrecision() if multilabel else MulticlassAccuracy(num_classes, average="micro")
         self.train_loss, self.val_loss = Mean(), Mean()
@@ -68,8 +80,20 @@ class Classifier(L.LightningModule):
         self.history: list[dict[str, float]] = []
         self.damaged: dict[str, Damaged] = {}
 
+    def on_train_start(self) -> None:
+        if self.most_tokens is not None and self.recipe.compile:  # each number of tokens is a graph or two of its own
+            config: Any = importlib.import_module("torch._dynamo.config")
+            config.recompile_limit = max(config.recompile_limit, 4 * self.most_tokens + 8)
+
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
         seed_step(self.recipe.seed, self.current_epoch, batch_idx, self.global_rank)
+        if self.most_tokens is not None:
+            step = batch_idx // self.recipe.accumulate
+            set_num_tokens(self.model, draw_tokens(self.recipe.seed, self.current_epoch, step, self.most_tokens))
+
+    def on_train_batch_end(self, outputs: Any, batch: Batch, batch_idx: int) -> None:
+        if self.most_tokens is not None:  # not before: a checkpointed layer runs again in the backward pass
+            set_num_tokens(self.model, self.most_tokens)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor | None:
         self._note_damaged(batch)

@@ -105,6 +105,8 @@ class Recipe:
     """Bring the tokens back to the grid in every layer from there on."""
     extra_layers: int = 0
     """Layers appended after the host's own."""
+    elastic: bool = False
+    """Train on a random number of the tokens in every step, so that set_num_tokens can take fewer of them later."""
     mix: Literal["slice", "clip"] = "slice"
     """Of clips: whether a fuser mixes the tokens of one slice, or of the whole clip."""
     over: Literal["slice", "neighbours", "window"] = "slice"
@@ -143,6 +145,33 @@ class Recipe:
     augment: AugmentRecipe = field(default_factory=AugmentRecipe)
     clip: ClipRecipe = field(default_factory=ClipRecipe)
     distill: DistillRecipe = field(default_factory=DistillRecipe)
+
+
+@dataclass
+class CompressOptimizer(OptimizerRecipe):
+    lr: float = 5e-4
+    """Peak learning rate."""
+    warmup_epochs: float = 0.5
+    """Linear warm-up before the schedule."""
+
+
+@dataclass
+class CompressDistill(DistillRecipe):
+    features: float = 1.0
+    """Weight of 1 - cosine between the features that their heads read."""
+
+
+@dataclass
+class CompressRecipe(Recipe):
+    """A :class:`Recipe` with the defaults of ``compress``: short, and towards the model as it was.
+
+    What was tried is in ``docs/log.md``.
+    """
+
+    epochs: int = 5
+    label_smoothing: float = 0.0
+    optimizer: CompressOptimizer = field(default_factory=CompressOptimizer)
+    distill: CompressDistill = field(default_factory=CompressDistill)
 
 
 def check_recipe(recipe: Recipe) -> None:

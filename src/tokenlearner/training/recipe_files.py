@@ -1,7 +1,7 @@
 """Recipe files and dotted overrides, read by cyclopts both for the command line and for :func:`load_recipe`."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -9,7 +9,7 @@ from cyclopts import App, CycloptsError, Parameter, Token
 from cyclopts.config import Toml, Yaml
 
 from tokenlearner.errors import InputError
-from tokenlearner.training.recipe import Recipe
+from tokenlearner.training.recipe import CompressDistill, CompressRecipe, DistillRecipe, OptimizerRecipe, Recipe
 
 
 def layer_index_or_share(_: Any, tokens: Sequence[Token]) -> int | float:
@@ -45,7 +45,29 @@ class CommandLineRecipe(Recipe):
     """Where: an int is a layer index, a float a share of the depth, rounded down."""
 
 
-RecipeArgument = Annotated[CommandLineRecipe, Parameter(name="*", group="Recipe (also from --recipe FILE)")]
+_SET = Parameter(parse=False, show=False)  # by compress
+
+
+@dataclass
+class _CompressDistill(CompressDistill):
+    teacher: Annotated[str | None, _SET] = None
+
+
+@dataclass
+class CommandLineCompressRecipe(CompressRecipe, CommandLineRecipe):
+    """What ``compress`` lets one choose."""
+
+    model: Annotated[str | None, _SET] = None
+    init: Annotated[str | None, _SET] = None
+    pretrained: Annotated[bool, _SET] = False
+    image_size: Annotated[int | None, _SET] = None
+    drop_path: Annotated[float, _SET] = 0.0
+    distill: _CompressDistill = field(default_factory=_CompressDistill)
+
+
+_GROUP = Parameter(name="*", group="Recipe (also from --recipe FILE)")
+RecipeArgument = Annotated[CommandLineRecipe, _GROUP]
+CompressRecipeArgument = Annotated[CommandLineCompressRecipe, _GROUP]
 
 
 def config_reader(path: str | Path) -> Yaml | Toml:
@@ -88,6 +110,8 @@ def parse_recipe(path: str | Path | None, overrides: Mapping[str, object]) -> Re
 def plain_recipe(recipe: Recipe) -> Recipe:
     """The recipe without the command line's annotations, so that one from Python and one parsed compare equal."""
     plain = Recipe(**vars(recipe))
+    plain.optimizer = OptimizerRecipe(**asdict(recipe.optimizer))  # compress has defaults of its own for these
+    plain.distill = DistillRecipe(**asdict(recipe.distill))
     if str(plain.augment.auto_augment).lower() == "none":  # where a word is allowed, cyclopts takes none for one
         plain.augment = replace(plain.augment, auto_augment=None)
     return plain

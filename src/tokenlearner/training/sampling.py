@@ -19,7 +19,7 @@ from torch.utils.data import Dataset, Sampler
 from tokenlearner.errors import InputError
 
 # What the numbers are for: no two uses may draw the same ones.
-_ORDER, _SAMPLE, _STEP = range(3)
+_ORDER, _SAMPLE, _STEP, _TOKENS = range(4)
 
 
 class Draw(NamedTuple):
@@ -125,6 +125,11 @@ def seed_step(seed: int, epoch: int, part: int, rank: int) -> None:
     drawn = seed_of(seed, _STEP, epoch, part, rank)
     seed_sample(drawn)
     torch.manual_seed(drawn)
+
+
+def draw_tokens(seed: int, epoch: int, step: int, most: int) -> int:
+    """From 1 to ``most`` tokens, each number as likely, for an optimizer step of every process."""
+    return int(numbers(seed, _TOKENS, epoch, step).integers(1, most, endpoint=True))
 
 
 def seed_sample(seed: int) -> None:

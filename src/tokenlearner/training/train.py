@@ -9,10 +9,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import lightning as L
 import torch
+from torch import nn
 
 from tokenlearner.data.clip_sources import Listing
 from tokenlearner.data.clips import LabelledClips
@@ -23,6 +24,7 @@ from tokenlearner.insertion.saving import Preprocessing, save, write_whole
 from tokenlearner.inspection.report import write_report
 from tokenlearner.inspection.speed import measure_speed
 from tokenlearner.inspection.summary import hardware, write_summary
+from tokenlearner.models.weights import LoadedWeights
 from tokenlearner.training.build import (
     DEFAULT_CLIP_MODEL,
     build_model,
@@ -40,6 +42,21 @@ from tokenlearner.training.recipe import Recipe, check_recipe, recipe_from_dict,
 RECIPE, SUMMARY = "recipe.json", "summary.json"
 
 
+class Ready(NamedTuple):
+    """What a run trains, and on what, before anything is written.
+
+    ``labels`` are the names of the model's outputs, which need not be what ``material`` calls its classes.
+    """
+
+    model: nn.Module
+    preprocessing: Preprocessing
+    material: Material
+    labels: Sequence[str]
+    teacher: nn.Module | None = None
+    loaded: LoadedWeights | None = None
+    name: str = ""
+
+
 def train(
     data: str | Path,
     recipe: Recipe,
@@ -49,6 +66,7 @@ def train(
     resume: bool = False,
     listing: Listing | None = None,
     classes: Sequence[str] | None = None,
+    ready: Ready | None = None,
 ) -> dict[str, Any]:
     """Trains the model of ``recipe`` on the images or videos of ``data`` and returns the summary.
 
@@ -58,7 +76,8 @@ def train(
     ``summary.json`` and ``report.html``. Damaged files are named and counted in the summary; ``on_error="raise"`` stops
     at the first instead.
 
-    ``classes`` fixes the outputs and their order; the data may lack some of them.
+    ``classes`` fixes the outputs and their order; the data may lack some of them. ``ready`` is a model that is there
+    already, with its data: then neither is taken from the recipe and ``data``.
 
     ``resume`` goes on with a run that was stopped, at its last checkpoint and by its own recipe, with the losses it
     would have had; a run without a checkpoint begins anew. Under ``torchrun`` the processes share the work, the first
@@ -70,36 +89,28 @@ def train(
     start, output = time.perf_counter(), Path(output)
     is_first = Processes.of_torchrun().rank == 0
     if resume:
-        recipe = _recipe_of_run(output, recipe)
+        recipe = recipe_of_run(output, recipe)
     elif is_first:
-        _refuse_unfinished(output)
+        refuse_unfinished(output)
     check_recipe(recipe)
-    material = read_material(Path(data), recipe, listing, classes)
-    images = material.data
-    classes = images.train.classes
-    if material.clips and recipe.model is None and recipe.init is None:
-        recipe = replace(recipe, model=DEFAULT_CLIP_MODEL)
     L.seed_everything(recipe.seed, workers=True, verbose=False)
-    model = build_model(recipe, len(classes))
-    loaded, preprocessing = start_from(model, recipe.init, classes) if recipe.init else (None, Preprocessing.of(model))
-    prepare_head(model, recipe, loaded)
-    assert preprocessing is not None, "a model of timm.create_model has a configuration"
-    preprocessing = prepared(preprocessing, model, recipe, material)
+    task = ready or made_ready(recipe, read_material(Path(data), recipe, listing, classes))
+    model, preprocessing, material, loaded = task.model, task.preprocessing, task.material, task.loaded
+    images, classes = material.data, material.data.train.classes
     with input_errors("augment"):
         train_set, val_set = material.datasets(recipe, preprocessing, on_error)
-    teacher = open_teacher(recipe, classes, preprocessing)
     with input_errors("optimizer"):
         build_optimizer(model, recipe.optimizer)  # fit builds its own; here it fails before a folder is written
     # Whatever fit would refuse is refused here, before a file of an earlier run is touched.
-    fingerprint = _fingerprint(material)
+    fingerprint = fingerprint_of(material)
     check_run(recipe, material.multilabel)
     if resume:
         read_progress(output, fingerprint)
     if is_first:
-        _prepare_output(output, recipe, material, resume)
+        prepare_output(output, recipe, material, resume)
 
     def save_model() -> None:
-        save(model, output, preprocessing=preprocessing, labels=classes)
+        save(model, output, preprocessing=preprocessing, labels=task.labels)
 
     fitted = fit(
         model,
@@ -113,7 +124,7 @@ def train(
         checkpoints=True,
         resume=resume,
         data=fingerprint,
-        teacher=teacher,
+        teacher=task.teacher,
     )
     if not is_first:
         return {}
@@ -127,7 +138,7 @@ def train(
     has_maps = any(learner.kind != "average" for learner in own.values())
     write_report(
         output / "report.html",
-        f"{model_name(recipe)} on {Path(data).name}",
+        f"{task.name} on {Path(data).name}",
         f"{len(images.train):,} {material.noun} to learn from, {len(images.val):,} held out, {len(classes)} classes; "
         f"{learned}.",
         [result],
@@ -150,6 +161,24 @@ def train(
     )
 
 
+def made_ready(recipe: Recipe, material: Material) -> Ready:
+    """The model ``recipe`` asks for, its weights and its teacher, for ``material``.
+
+    Raises:
+        InputError: They don't go together.
+    """
+    classes = material.data.train.classes
+    if material.clips and recipe.model is None and recipe.init is None:
+        recipe = replace(recipe, model=DEFAULT_CLIP_MODEL)
+    model = build_model(recipe, len(classes))
+    loaded, preprocessing = start_from(model, recipe.init, classes) if recipe.init else (None, Preprocessing.of(model))
+    prepare_head(model, recipe, loaded)
+    assert preprocessing is not None, "a model of timm.create_model has a configuration"
+    preprocessing = prepared(preprocessing, model, recipe, material)
+    teacher = open_teacher(recipe, classes, preprocessing)
+    return Ready(model, preprocessing, material, classes, teacher, loaded, model_name(recipe))
+
+
 @contextmanager
 def input_errors(part: str) -> Iterator[None]:
     """For what timm and torch check themselves: their reason, and which part of the recipe it is about."""
@@ -159,7 +188,7 @@ def input_errors(part: str) -> Iterator[None]:
         raise InputError(f"the recipe's {part} does not fit: {error}") from error
 
 
-def _recipe_of_run(output: Path, given: Recipe) -> Recipe:
+def recipe_of_run(output: Path, given: Recipe) -> Recipe:
     path = output / RECIPE
     if not path.is_file():
         if not output.is_dir():
@@ -173,14 +202,14 @@ def _recipe_of_run(output: Path, given: Recipe) -> Recipe:
         raise InputError(f"{path} is not a recipe of this version: {error}") from error
 
 
-def _refuse_unfinished(output: Path) -> None:
+def refuse_unfinished(output: Path) -> None:
     if last_checkpoint(output).exists() and not (output / SUMMARY).exists():
         raise InputError(
             f"{output} holds a run that has not ended: go on with it with --resume, or give another --output"
         )
 
 
-def _prepare_output(output: Path, recipe: Recipe, material: Material, resume: bool) -> None:
+def prepare_output(output: Path, recipe: Recipe, material: Material, resume: bool) -> None:
     """Says what this run is, and which files it held out, so that `evaluate` on the same data scores those alone."""
     output.mkdir(parents=True, exist_ok=True)
     (output / SUMMARY).unlink(missing_ok=True)
@@ -196,7 +225,7 @@ def _prepare_output(output: Path, recipe: Recipe, material: Material, resume: bo
     write_whole({path: (json.dumps(content, indent=1) + "\n").encode() for path, content in files.items()})
 
 
-def _fingerprint(material: Material) -> str:
+def fingerprint_of(material: Material) -> str:
     """Of the names and labels of all images or clips: a checkpoint counts batches of these, in their order."""
     digest = hashlib.sha256(json.dumps(material.data.train.classes).encode())
     for part in (material.data.train, material.data.val):

@@ -1,0 +1,158 @@
+"""Turns the runs of train.py into compress.csv, summary.json, results.md and a picture.
+
+    python studies/compress/report.py --out runs/compress
+
+Every row of the table is one way to make the host cheaper: mean and sample deviation over the seeds, in points from the
+host, and the verdict on it beside TokenLearner with the same budget by the rule of ``studies/bookkeeping.py``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.figure import Figure
+
+sys.path.append(str(Path(__file__).parents[1]))
+
+from bookkeeping import RULE, compare, read_rows, write_rows
+
+HERE = Path(__file__).parent
+LABELS = {
+    "host": "the host, trained on as the others are",
+    "tokenlearner": "TokenLearner",
+    "naive": "TokenLearner, fine-tuned on the labels alone",
+    "elastic": "elastic TokenLearner",
+    "tome": "ToMe merging",
+    "top-k": "top-k pruning",
+    "evit": "top-k pruning, the rest fused (EViT)",
+    "average pooling": "average pooling of the grid",
+    "patch merger": "PatchMerger",
+    "lower resolution": "lower resolution",
+    "shortened": "shortened host",
+    "narrower": "narrower ViT, from scratch",
+}
+COLOURS = {"tokenlearner": "#0072B2", "elastic": "#56B4E9", "naive": "#E69F00", "host": "#000000"}  # Okabe and Ito
+
+
+def summarise(rows: list[dict[str, str]]) -> list[dict[str, Any]]:
+    groups: defaultdict[tuple[str, ...], list[dict[str, str]]] = defaultdict(list)
+    for row in rows:
+        groups[tuple(row[key] for key in ("method", "at", "tokens", "budget", "epochs"))].append(row)
+    epochs = min(int(row["epochs"]) for row in rows)
+    ours = groups.get(("tokenlearner", "0.5", "8", "macs", str(epochs)), [])
+    found = []
+    for (method, at, tokens, budget, trained), runs in groups.items():
+        points = [100 * (float(run["accuracy"]) - float(run["host_accuracy"])) for run in runs]
+        entry: dict[str, Any] = {
+            "method": method,
+            "label": label_of(method, at, tokens),
+            "budget": budget,
+            "epochs": int(trained),
+            "seeds": sorted(int(run["seed"]) for run in runs),
+            "points": [round(point, 2) for point in points],
+            "points_mean": round(statistics.mean(points), 2),
+            "points_deviation": round(statistics.stdev(points), 2) if len(points) > 1 else None,
+            "macs_share": round(int(runs[0]["macs"]) / int(runs[0]["host_macs"]), 3),
+            "speedup": round(
+                statistics.median(float(r["images_per_second"]) / float(r["host_images_per_second"]) for r in runs), 2
+            ),
+            "setting": runs[0]["setting"],
+        }
+        if ours and runs is not ours:
+            entry["against_tokenlearner"] = compare(points, [difference(run) for run in ours])
+        found.append(entry)
+    order = list(LABELS)
+    return sorted(found, key=lambda e: (order.index(e["method"]), e["epochs"], e["budget"] != "macs", -e["macs_share"]))
+
+
+def difference(run: dict[str, str]) -> float:
+    return 100 * (float(run["accuracy"]) - float(run["host_accuracy"]))
+
+
+def label_of(method: str, at: str, tokens: str) -> str:
+    if not tokens:
+        return LABELS[method]
+    share = {"0.5": "½", "0.25": "¼", "0.75": "¾"}[at]
+    return f"{LABELS[method]}, {tokens} tokens at {share}"
+
+
+def table(summary: dict[str, Any]) -> str:
+    lines = [
+        "| | equal | epochs | MACs | images/s | points from the host | beside TokenLearner |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for entry in summary["methods"]:
+        spread = "" if entry["points_deviation"] is None else f" ± {entry['points_deviation']:.2f}"
+        against = entry.get("against_tokenlearner") or {}
+        verdict = ""
+        if against:
+            verdict = f"{against['difference']:+.2f}"
+            verdict += f" ({against['verdict']}, margin {against['margin']:.2f})" if against["verdict"] else ""
+        equal = {"macs": "MACs", "latency": "time"}[entry["budget"]] if entry["setting"] != "null" else ""
+        lines.append(
+            f"| {entry['label']} | {equal} | {entry['epochs']} | {entry['macs_share']:.2f}× | {entry['speedup']:.2f}× | "
+            f"{entry['points_mean']:+.2f}{spread} | {verdict} |"
+        )
+    return "\n".join(lines)
+
+
+def draw(summary: dict[str, Any], path: Path) -> None:
+    with mpl.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(8.0, 4.6), dpi=160, layout="constrained")
+        axis = figure.subplots()
+        axis.axhline(0, color="black", linewidth=0.8)
+        for entry in summary["methods"]:
+            if entry["epochs"] > 2 * summary["epochs"]:
+                continue
+            colour = COLOURS.get(entry["method"], "#999999")
+            axis.errorbar(
+                entry["speedup"],
+                entry["points_mean"],
+                yerr=entry["points_deviation"] or 0,
+                fmt="o",
+                color=colour,
+                capsize=3,
+            )
+            axis.annotate(
+                entry["label"],
+                (entry["speedup"], entry["points_mean"]),
+                (5, 4),
+                textcoords="offset points",
+                fontsize=6.5,
+            )
+        axis.set_xlabel("images a second, the host's = 1")
+        axis.set_ylabel("points from the host")
+        axis.margins(0.1, 0.1)
+        figure.savefig(path, metadata={"Software": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    args = parser.parse_args()
+    rows = read_rows(args.out / "compress.csv")
+    summary = {
+        "data": "CIFAR-10, all 10,000 test images",
+        "rule": RULE,
+        "host_accuracy": float(rows[0]["host_accuracy"]),
+        "host_epochs": int(rows[0]["host_epochs"]),
+        "epochs": min(int(row["epochs"]) for row in rows),
+        "hardware": sorted({row["hardware"] for row in rows}),
+        "methods": summarise(rows),
+    }
+    write_rows(HERE / "compress.csv", rows)
+    (HERE / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
+    (HERE / "results.md").write_text(table(summary) + "\n")
+    draw(summary, HERE / "compress.png")
+    print(table(summary))
+
+
+if __name__ == "__main__":
+    main()

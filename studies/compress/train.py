@@ -1,0 +1,213 @@
+"""A converged ViT of CIFAR-10 made cheaper: TokenLearner, token merging and pruning, smaller ViTs, side by side.
+
+Every method starts from the same trained host (but for the smaller ViTs, which have to start anew), is trained for the
+same few epochs by the recipe beside this file, with the host as teacher, and is scored on all 10,000 test images. Its
+setting is the one that comes nearest to the cost of 8 tokens at half depth: in MACs, and once more in time measured on
+this machine. ``naive`` is the insertion fine-tuned on the labels alone, ``host`` the host trained on as the others are.
+
+    python studies/npz_to_folders.py DIR/cifar10_train.npz runs/cifar10-folders/train
+    python studies/npz_to_folders.py DIR/cifar10_test.npz runs/cifar10-folders/val
+    OMP_NUM_THREADS=1 tokenlearner train runs/cifar10-folders --recipe studies/compress/host.yaml --output runs/host
+    OMP_NUM_THREADS=1 python studies/compress/train.py --host runs/host --data runs/cifar10-folders --out runs/compress
+
+A run that is in OUT/compress.csv is not done again, and one that was stopped is gone on with, so the same command
+continues after a stop. ``--methods``, ``--seeds`` and ``--budgets`` take part of it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import shlex
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import tokenlearner
+from tokenlearner.evaluation.accuracy import evaluate
+from tokenlearner.inspection.cost import cost
+from tokenlearner.inspection.speed import measure_speed
+from tokenlearner.inspection.summary import hardware
+from tokenlearner.training.fit import fit
+from tokenlearner.training.material import Material, read_material
+from tokenlearner.training.recipe import Recipe, load_recipe
+
+import lightning as L
+import torch
+from torch import nn
+
+sys.path.append(str(Path(__file__).parents[1]))
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+
+from bookkeeping import git_commit, read_rows, write_rows
+from peers import PEERS, at_latency, at_macs
+
+HERE = Path(__file__).parent
+TOKENS = 8
+PEER_METHODS = ("tome", "top-k", "evit", "average pooling", "patch merger", "lower resolution", "shortened", "narrower")
+FROM_SCRATCH = ("narrower", "shallower", "smaller")
+METHODS = ("host", "tokenlearner", "naive", "elastic", *PEER_METHODS)
+
+
+class Run(NamedTuple):
+    """One row. ``at`` and ``tokens`` are those of insert, or of the setting of a peer; ``budget`` is what is equal."""
+
+    method: str
+    seed: int
+    epochs: int
+    at: float | None = None
+    tokens: int | None = None
+    budget: str = "macs"
+
+    @property
+    def folder(self) -> str:
+        parts = (self.method.replace(" ", "-"), self.at, self.tokens, self.budget, self.epochs, self.seed)
+        return "-".join(str(part) for part in parts if part is not None)
+
+
+def runs(methods: list[str], seeds: list[int], budgets: list[str], ten_percent: int, host_epochs: int) -> Iterator[Run]:
+    """TokenLearner at half and at a quarter of the depth, also with other numbers of tokens and for twice as long."""
+    for seed in seeds:
+        for method in methods:
+            if method == "host":
+                yield Run(method, seed, ten_percent)
+            elif method in ("naive", "elastic"):
+                yield Run(method, seed, ten_percent, 0.5, TOKENS)
+            elif method == "tokenlearner":
+                yield Run(method, seed, ten_percent, 0.5, TOKENS)
+                yield Run(method, seed, ten_percent, 0.25, TOKENS)
+                yield Run(method, seed, 2 * ten_percent, 0.5, TOKENS)
+                yield from (Run(method, seed, ten_percent, 0.5, tokens) for tokens in (4, 2))
+            else:
+                yield from (Run(method, seed, ten_percent, budget=budget) for budget in budgets)
+                if method in FROM_SCRATCH:  # what one would have done without a host: as long as it was trained
+                    yield Run(method, seed, host_epochs)
+
+
+def made(run: Run, host: nn.Module, setting: Any) -> nn.Module:
+    """The model of a run before its training."""
+    if run.method == "host":
+        return copy.deepcopy(host)
+    if run.method in PEERS:
+        return PEERS[run.method].build(host, setting)
+    return tokenlearner.insert(copy.deepcopy(host), run.tokens, run.at)
+
+
+def setting_of(run: Run, host: nn.Module, out: Path) -> Any:
+    """Of a peer, at the cost of TokenLearner. Measured once: all seeds have the same, and runs that go on too."""
+    if run.method not in PEERS:
+        return None
+    file = out / "settings.json"
+    known = json.loads(file.read_text()) if file.exists() else {}
+    inserted = tokenlearner.insert(copy.deepcopy(host), TOKENS, 0.5)
+    if "latency" not in known:
+        speeds = measure_speed({"host": host, "it": inserted}, torch.randn(64, 3, 32, 32), rounds=25)
+        known["latency"] = 1 / speeds[1].ratio
+    key = f"{run.method}, {run.budget}"
+    if key not in known and run.budget == "macs":
+        share = cost(inserted, (3, 32, 32)).macs / cost(host, (3, 32, 32)).macs
+        known[key] = at_macs(run.method, host, share, (3, 32, 32))._asdict()
+    elif key not in known:
+        known[key] = at_latency(run.method, host, known["latency"], torch.randn(64, 3, 32, 32), rounds=9)._asdict()
+    file.write_text(json.dumps(known, indent=1))
+    setting = known[key]["setting"]
+    if isinstance(setting, dict):  # JSON's keys are strings
+        return {int(layer): kept for layer, kept in setting.items()}
+    return tuple(setting) if isinstance(setting, list) and run.method != "tome" else setting
+
+
+def recipe_of(run: Run, base: Recipe) -> Recipe:
+    recipe = replace(base, epochs=run.epochs, seed=run.seed, elastic=run.method == "elastic")
+    if run.method in FROM_SCRATCH:
+        return replace(recipe, optimizer=load_recipe(HERE / "host.yaml").optimizer)
+    return recipe
+
+
+def do(run: Run, host: nn.Module, material: Material, out: Path) -> list[dict[str, Any]]:
+    """Trains and scores one model: its row, or for elastic tokens one for each number of them."""
+    recipe = recipe_of(run, load_recipe(HERE / "recipe.yaml"))
+    setting = setting_of(run, host, out)
+    L.seed_everything(run.seed, workers=True, verbose=False)
+    student, folder = made(run, host, setting), out / run.folder
+    train_set, val_set = material.datasets(recipe, host.preprocessing, "raise")
+    wall, cpu = time.perf_counter(), time.process_time()
+    fit(
+        student,
+        train_set,
+        val_set,
+        recipe,
+        folder,
+        num_classes=len(host.label_names),
+        teacher=None if run.method == "naive" or run.epochs > 10 else host,
+        checkpoints=True,
+        resume=True,
+    )
+    cpu_seconds, seconds = time.process_time() - cpu, time.perf_counter() - wall
+    torch.save(student.state_dict(), folder / "weights.pt")
+    rows = []
+    for tokens in (8, 4, 2, 1) if run.method == "elastic" else (run.tokens,):
+        if run.method == "elastic":
+            tokenlearner.set_num_tokens(student, tokens)
+        student.preprocessing = host.preprocessing
+        accuracy = evaluate(student, material.data.val, views=(1, 1)).top1
+        speeds = measure_speed({"host": host, "it": student}, torch.randn(64, 3, 32, 32), rounds=15)
+        rows.append(
+            {
+                "method": run.method,
+                "seed": run.seed,
+                "at": run.at,
+                "tokens": tokens,
+                "budget": run.budget,
+                "setting": json.dumps(setting),
+                "accuracy": round(accuracy, 4),
+                "epochs": run.epochs,
+                "macs": cost(student, (3, 32, 32)).macs,
+                "host_macs": cost(host, (3, 32, 32)).macs,
+                "images_per_second": round(speeds[1].images_per_second, 1),
+                "host_images_per_second": round(speeds[0].images_per_second, 1),
+                "cpu_seconds": round(cpu_seconds, 1),
+                "seconds": round(seconds, 1),
+            }
+        )
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--host", type=Path, required=True)
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--out", type=Path, default=Path("runs/compress"))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--budgets", nargs="+", choices=("macs", "latency"), default=["macs", "latency"])
+    args = parser.parse_args()
+    args.out.mkdir(parents=True, exist_ok=True)
+    results = args.out / "compress.csv"
+    command = shlex.join(["python", "studies/compress/train.py", *sys.argv[1:]])
+    host: Any = tokenlearner.load(args.host)
+    host_epochs = json.loads((args.host / "recipe.json").read_text())["epochs"]
+    material = read_material(args.data, Recipe(), classes=host.label_names)
+    of_host = {
+        "host": str(args.host),
+        "host_accuracy": round(evaluate(host, material.data.val, views=(1, 1)).top1, 4),
+        "host_epochs": host_epochs,
+    }
+    rows: list[dict[str, Any]] = list(read_rows(results))
+    done = {row["run"] for row in rows}
+    for run in runs(args.methods, args.seeds, args.budgets, host_epochs // 10, host_epochs):
+        if run.folder in done:
+            continue
+        commit = git_commit()
+        new = do(run, host, material, args.out)
+        about = {**of_host, "commit": commit, "command": command, "hardware": hardware(), "run": run.folder}
+        rows = [*read_rows(results), *({**row, **about} for row in new)]  # another process may have added some
+        write_rows(results, rows)
+        print(f"{run.folder}: {100 * new[0]['accuracy']:.2f} %", flush=True)
+
+
+if __name__ == "__main__":
+    main()
