@@ -123,7 +123,8 @@ def setting_of(run: Run, host: nn.Module, out: Path) -> Any:
 def recipe_of(run: Run, base: Recipe) -> Recipe:
     recipe = replace(base, epochs=run.epochs, seed=run.seed, elastic=run.method == "elastic")
     if run.method in FROM_SCRATCH:
-        return replace(recipe, optimizer=load_recipe(HERE / "host.yaml").optimizer)
+        of_host = load_recipe(HERE / "host.yaml").optimizer  # its features are of another width
+        return replace(recipe, optimizer=of_host, distill=replace(recipe.distill, features=0.0))
     return recipe
 
 
@@ -142,7 +143,7 @@ def do(run: Run, host: nn.Module, material: Material, out: Path) -> list[dict[st
         recipe,
         folder,
         num_classes=len(host.label_names),
-        teacher=None if run.method == "naive" or run.epochs > 10 else host,
+        teacher=None if run.method == "naive" or run.epochs > 10 else copy.deepcopy(host),  # it will be frozen
         checkpoints=True,
         resume=True,
     )
@@ -152,8 +153,8 @@ def do(run: Run, host: nn.Module, material: Material, out: Path) -> list[dict[st
     for tokens in (8, 4, 2, 1) if run.method == "elastic" else (run.tokens,):
         if run.method == "elastic":
             tokenlearner.set_num_tokens(student, tokens)
-        student.preprocessing = host.preprocessing
-        accuracy = evaluate(student, material.data.val, views=(1, 1)).top1
+        student.preprocessing, student.label_names = host.preprocessing, host.label_names
+        accuracy = evaluate(student, material.data.val, views=(1, 1), workers=0).top1
         speeds = measure_speed({"host": host, "it": student}, torch.randn(64, 3, 32, 32), rounds=15)
         rows.append(
             {
@@ -193,7 +194,7 @@ def main() -> None:
     material = read_material(args.data, Recipe(), classes=host.label_names)
     of_host = {
         "host": str(args.host),
-        "host_accuracy": round(evaluate(host, material.data.val, views=(1, 1)).top1, 4),
+        "host_accuracy": round(evaluate(host, material.data.val, views=(1, 1), workers=0).top1, 4),
         "host_epochs": host_epochs,
     }
     rows: list[dict[str, Any]] = list(read_rows(results))

@@ -71,6 +71,13 @@ def test_the_distance_by_hand():
     assert distance(same, same, DistillRecipe(features=1.0), "cross_entropy") == pytest.approx(0.0, abs=1e-6)
 
 
+def test_features_of_other_widths_are_not_compared():
+    narrow, wide = (Seen(torch.zeros(2, 3), torch.ones(2, width)) for width in (4, 6))
+    with pytest.raises(InputError, match="have 4 numbers where the teacher's have 6: set it to 0"):
+        distance(narrow, wide, DistillRecipe(features=1.0), "cross_entropy")
+    assert distance(narrow, wide, DistillRecipe(features=0.0), "cross_entropy") == 0
+
+
 def test_the_teacher_is_no_part_of_what_is_trained():
     model, teacher = nn.Linear(3, 2), nn.Linear(3, 2).train()
     module = Distilled(model, Recipe(), 2, teacher=teacher)

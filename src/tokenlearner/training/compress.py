@@ -117,7 +117,6 @@ def compress(
     refuse_chance(scored, material, model)
     if not going_on and (macs is not None or latency is not None):
         recipe = within_budget(before, recipe, rate.model_input, macs=macs, latency=latency)
-    log(f"{recipe.tokens} tokens from layer {recipe.at} on, {recipe.epochs} epochs with the model as teacher")
     L.seed_everything(recipe.seed, workers=True, verbose=False)
     try:
         student = insert(copy.deepcopy(before), **insertion_arguments(recipe))
@@ -125,6 +124,8 @@ def compress(
             most_tokens(student)  # refuses what can't have fewer
     except (TypeError, ValueError) as error:
         raise InputError(str(error)) from error
+    spec: Any = insertion_of(student)
+    log(f"{spec.describe()}; {recipe.epochs} epochs with the model as teacher")
     wanted = replace(recipe, init=str(source), distill=replace(recipe.distill, teacher=str(source)))
     ready = Ready(student, rate, material, labels, teacher=before, name=Path(model).name)
     done = train(data, wanted, output, on_error=on_error, resume=going_on, ready=ready)
@@ -138,7 +139,7 @@ def compress(
         material,
         torch.randn(min(16, recipe.batch_size), *rate.model_input),
     )
-    spec: Any = insertion_of(after)
+    spec = insertion_of(after)
     looks = {}
     if spec.kind != "average":
         looks = material.looks(after, material.datasets(recipe, rate, on_error)[1], rate, output / "maps")

@@ -86,6 +86,11 @@ def distance(seen: Seen, taught: Seen, wanted: DistillRecipe, kind: str) -> Floa
             soft = F.kl_div(student.log_softmax(-1), teacher.log_softmax(-1), reduction="batchmean", log_target=True)
         total = total + wanted.logits * T**2 * soft
     if wanted.features and seen.features is not None and taught.features is not None:
+        if seen.features.shape != taught.features.shape:
+            raise InputError(
+                f"distill.features compares features, and the model's have {seen.features.shape[-1]} numbers where the "
+                f"teacher's have {taught.features.shape[-1]}: set it to 0"
+            )
         cosine = F.cosine_similarity(seen.features.float(), taught.features.float(), dim=-1)
         total = total + wanted.features * (1 - cosine).mean()
     return total

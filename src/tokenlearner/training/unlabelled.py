@@ -285,7 +285,8 @@ def compress_unlabelled(
         if recipe.init is None:
             recipe = replace(recipe, init=str(save(model, output / "host")))
         prepare_output(output, recipe, pictures.material, going_on)
-        log(f"{recipe.tokens} tokens from layer {recipe.at} on, {recipe.epochs} epochs towards the features of {name}")
+        spec: Any = insertion_of(student)
+    log(f"{spec.describe()}; {recipe.epochs} epochs towards the features of {name}")
     fitted = fit_features(
         student,
         model,
@@ -307,7 +308,7 @@ def compress_unlabelled(
     batch = torch.randn(min(16, recipe.batch_size), *preprocessing.model_input)
     results = side_by_side({"host": model, "tokenlearner": student}, scores, fitted, batch)
     seconds = time.perf_counter() - start
-    spec: Any = insertion_of(student)
+    spec = insertion_of(student)
     write_report(
         output / "report.html",
         f"{name}, compressed",
