@@ -1,6 +1,6 @@
 """Turns the runs of train.py into compress.csv, summary.json, results.md and a picture.
 
-    python studies/compress/report.py --out runs/compress
+    python studies/compress/report.py --out runs/compress [runs/other]
 
 Every row of the table is one way to make the host cheaper: mean and sample deviation over the seeds, in points from the
 host, and the verdict on it beside TokenLearner with the same budget by the rule of ``studies/bookkeeping.py``.
@@ -131,9 +131,9 @@ def draw(summary: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--out", type=Path, nargs="+", required=True)
     args = parser.parse_args()
-    rows = read_rows(args.out / "compress.csv")
+    rows = [row for folder in args.out for row in read_rows(folder / "compress.csv")]
     summary = {
         "data": "CIFAR-10, all 10,000 test images",
         "rule": RULE,

@@ -69,23 +69,27 @@ class Run(NamedTuple):
         return "-".join(str(part) for part in parts if part is not None)
 
 
-def runs(methods: list[str], seeds: list[int], budgets: list[str], ten_percent: int, host_epochs: int) -> Iterator[Run]:
-    """TokenLearner at half and at a quarter of the depth, also with other numbers of tokens and for twice as long."""
-    for seed in seeds:
-        for method in methods:
-            if method == "host":
-                yield Run(method, seed, ten_percent)
-            elif method in ("naive", "elastic"):
-                yield Run(method, seed, ten_percent, 0.5, TOKENS)
-            elif method == "tokenlearner":
-                yield Run(method, seed, ten_percent, 0.5, TOKENS)
-                yield Run(method, seed, ten_percent, 0.25, TOKENS)
-                yield Run(method, seed, 2 * ten_percent, 0.5, TOKENS)
-                yield from (Run(method, seed, ten_percent, 0.5, tokens) for tokens in (4, 2))
-            else:
-                yield from (Run(method, seed, ten_percent, budget=budget) for budget in budgets)
-                if method in FROM_SCRATCH:  # what one would have done without a host: as long as it was trained
-                    yield Run(method, seed, host_epochs)
+def runs(methods: list[str], seeds: list[int], budgets: list[str], ten_percent: int, host_epochs: int) -> list[Run]:
+    """Every method once at equal MACs, seed by seed; then at a quarter of the depth, with fewer tokens and so on."""
+
+    def of(method: str, seed: int) -> Iterator[Run]:
+        if method == "host":
+            yield Run(method, seed, ten_percent)
+        elif method in ("naive", "elastic"):
+            yield Run(method, seed, ten_percent, 0.5, TOKENS)
+        elif method == "tokenlearner":
+            yield Run(method, seed, ten_percent, 0.5, TOKENS)
+            yield Run(method, seed, ten_percent, 0.25, TOKENS)
+            yield Run(method, seed, 2 * ten_percent, 0.5, TOKENS)
+            yield from (Run(method, seed, ten_percent, 0.5, tokens) for tokens in (4, 2))
+        else:
+            yield from (Run(method, seed, ten_percent, budget=budget) for budget in budgets)
+            if method in FROM_SCRATCH:  # what one would have done without a host: as long as it was trained
+                yield Run(method, seed, host_epochs)
+
+    found = [run for seed in seeds for method in methods for run in of(method, seed)]
+    first = {(run.method, run.seed): run for run in reversed(found)}
+    return sorted(found, key=lambda run: first[run.method, run.seed] is not run)
 
 
 def made(run: Run, host: nn.Module, setting: Any) -> nn.Module:
