@@ -48,6 +48,7 @@ EVERY_FIELD = Recipe(
     kind="conv",
     fuser="unpool",
     extra_layers=1,
+    maps="clusters",
     elastic=True,
     mix="clip",
     over="neighbours",

@@ -32,6 +32,7 @@ from tokenlearner.evaluation.accuracy import evaluate
 from tokenlearner.inspection.cost import cost
 from tokenlearner.inspection.speed import measure_speed
 from tokenlearner.inspection.summary import hardware
+from tokenlearner.training.build import start_maps
 from tokenlearner.training.fit import fit
 from tokenlearner.training.material import Material, read_material
 from tokenlearner.training.recipe import Recipe, load_recipe
@@ -139,6 +140,8 @@ def do(run: Run, host: nn.Module, material: Material, out: Path) -> list[dict[st
     L.seed_everything(run.seed, workers=True, verbose=False)
     student, folder = made(run, host, setting), out / run.folder
     train_set, val_set = material.datasets(recipe, host.preprocessing, "raise")
+    if run.method in ("tokenlearner", "elastic"):
+        start_maps(student, recipe, train_set)
     wall, cpu = time.perf_counter(), time.process_time()
     fit(
         student,

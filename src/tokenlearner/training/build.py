@@ -11,10 +11,13 @@ from typing import Any, NamedTuple, cast
 import timm
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Dataset
 
 from tokenlearner.core.alpha import Grid
 from tokenlearner.core.learner import TokenLearner
+from tokenlearner.data.images import collate
 from tokenlearner.errors import InputError
+from tokenlearner.insertion.clusters import start_at_clusters
 from tokenlearner.insertion.elastic import most_tokens
 from tokenlearner.insertion.hosting import build_host
 from tokenlearner.insertion.insert import insert, insertion_of
@@ -74,6 +77,15 @@ def insertion_arguments(recipe: Recipe) -> dict[str, Any]:
 
 def _host_is_inits(recipe: Recipe) -> bool:
     return recipe.model is None and recipe.init is not None and Path(recipe.init).is_dir()
+
+
+def start_maps(model: nn.Module, recipe: Recipe, train_set: Dataset[Any]) -> None:
+    """Sets the maps as ``recipe.maps`` says, by 256 of the training images or clips."""
+    count = len(train_set)  # type: ignore[arg-type]
+    if recipe.maps == "clusters" and count:
+        batch = collate([train_set[i] for i in range(0, count, max(1, count // 256))][:256])
+        if len(batch.labels):
+            start_at_clusters(model, batch.images)
 
 
 def model_name(recipe: Recipe) -> str:

@@ -105,6 +105,9 @@ class Recipe:
     """Bring the tokens back to the grid in every layer from there on."""
     extra_layers: int = 0
     """Layers appended after the host's own."""
+    maps: Literal["random", "clusters"] = "random"
+    """How the maps of a new TokenLearner of kind mlp start: at random, or each at a cluster of the trained host's
+    features (of other kinds at random in any case)."""
     elastic: bool = False
     """Train on a random number of the tokens in every step, so that set_num_tokens can take fewer of them later."""
     mix: Literal["slice", "clip"] = "slice"
@@ -168,6 +171,7 @@ class CompressRecipe(Recipe):
     What was tried is in ``docs/log.md``.
     """
 
+    maps: Literal["random", "clusters"] = "clusters"
     epochs: int = 5
     label_smoothing: float = 0.0
     optimizer: CompressOptimizer = field(default_factory=CompressOptimizer)

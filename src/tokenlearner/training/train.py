@@ -32,6 +32,7 @@ from tokenlearner.training.build import (
     open_teacher,
     prepare_head,
     start_from,
+    start_maps,
 )
 from tokenlearner.training.checkpoint import last_checkpoint, read_progress
 from tokenlearner.training.fit import Processes, check_run, fit, result_of
@@ -101,6 +102,8 @@ def train(
         train_set, val_set = material.datasets(recipe, preprocessing, on_error)
     with input_errors("optimizer"):
         build_optimizer(model, recipe.optimizer)  # fit builds its own; here it fails before a folder is written
+    if not resume:
+        start_maps(model, recipe, train_set)
     # Whatever fit would refuse is refused here, before a file of an earlier run is touched.
     fingerprint = fingerprint_of(material)
     check_run(recipe, material.multilabel)

@@ -44,7 +44,7 @@ from tokenlearner.insertion.saving import save
 from tokenlearner.inspection.report import write_report
 from tokenlearner.inspection.speed import measure_speed
 from tokenlearner.inspection.summary import ModelResult, hardware, write_summary
-from tokenlearner.training.build import insertion_arguments
+from tokenlearner.training.build import insertion_arguments, start_maps
 from tokenlearner.training.distill import Taught
 from tokenlearner.training.fit import Fitted, Processes, check_run, fit, result_of
 from tokenlearner.training.losses import Targets
@@ -286,6 +286,8 @@ def compress_unlabelled(
             recipe = replace(recipe, init=str(save(model, output / "host")))
         prepare_output(output, recipe, pictures.material, going_on)
         spec: Any = insertion_of(student)
+    if not going_on:
+        start_maps(student, recipe, train_set)
     log(f"{spec.describe()}; {recipe.epochs} epochs towards the features of {name}")
     fitted = fit_features(
         student,
