@@ -28,6 +28,7 @@ LABELS = {
     "host": "the host, trained on as the others are",
     "tokenlearner": "TokenLearner",
     "naive": "TokenLearner, fine-tuned on the labels alone",
+    "unlabelled": "TokenLearner, taught the host's features alone",
     "elastic": "elastic TokenLearner",
     "tome": "ToMe merging",
     "top-k": "top-k pruning",

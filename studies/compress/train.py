@@ -3,7 +3,8 @@
 Every method starts from the same trained host (but for the smaller ViTs, which have to start anew), is trained for the
 same few epochs by the recipe beside this file, with the host as teacher, and is scored on all 10,000 test images. Its
 setting is the one that comes nearest to the cost of 8 tokens at half depth: in MACs, and once more in time measured on
-this machine. ``naive`` is the insertion fine-tuned on the labels alone, ``host`` the host trained on as the others are.
+this machine. ``naive`` is the insertion fine-tuned on the labels alone, ``host`` the host trained on as the others are,
+and ``unlabelled`` learns the host's features alone and is scored by the host's own head.
 
     python studies/npz_to_folders.py DIR/cifar10_train.npz runs/cifar10-folders/train
     python studies/npz_to_folders.py DIR/cifar10_test.npz runs/cifar10-folders/val
@@ -36,6 +37,7 @@ from tokenlearner.training.build import start_maps
 from tokenlearner.training.fit import fit
 from tokenlearner.training.material import Material, read_material
 from tokenlearner.training.recipe import Recipe, load_recipe
+from tokenlearner.training.unlabelled import fit_features
 
 import lightning as L
 import torch
@@ -51,7 +53,8 @@ HERE = Path(__file__).parent
 TOKENS = 8
 PEER_METHODS = ("tome", "top-k", "evit", "average pooling", "patch merger", "lower resolution", "shortened", "narrower")
 FROM_SCRATCH = ("narrower", "shallower", "smaller")
-METHODS = ("host", "tokenlearner", "naive", "elastic", *PEER_METHODS)
+OURS = ("tokenlearner", "naive", "elastic", "unlabelled")
+METHODS = ("host", *OURS, *PEER_METHODS)
 
 
 class Run(NamedTuple):
@@ -76,7 +79,7 @@ def runs(methods: list[str], seeds: list[int], budgets: list[str], ten_percent: 
     def of(method: str, seed: int) -> Iterator[Run]:
         if method == "host":
             yield Run(method, seed, ten_percent)
-        elif method in ("naive", "elastic"):
+        elif method in OURS[1:]:
             yield Run(method, seed, ten_percent, 0.5, TOKENS)
         elif method == "tokenlearner":
             yield Run(method, seed, ten_percent, 0.5, TOKENS)
@@ -140,20 +143,17 @@ def do(run: Run, host: nn.Module, material: Material, out: Path) -> list[dict[st
     L.seed_everything(run.seed, workers=True, verbose=False)
     student, folder = made(run, host, setting), out / run.folder
     train_set, val_set = material.datasets(recipe, host.preprocessing, "raise")
-    if run.method in ("tokenlearner", "elastic"):
+    if run.method in OURS and run.method != "naive":
         start_maps(student, recipe, train_set)
     wall, cpu = time.perf_counter(), time.process_time()
-    fit(
-        student,
-        train_set,
-        val_set,
-        recipe,
-        folder,
-        num_classes=len(host.label_names),
-        teacher=None if run.method == "naive" or run.epochs > 10 else copy.deepcopy(host),  # it will be frozen
-        checkpoints=True,
-        resume=True,
-    )
+    teacher = copy.deepcopy(host)  # it will be frozen
+    options: dict[str, Any] = {"checkpoints": True, "resume": True}
+    if run.method == "unlabelled":
+        fit_features(student, teacher, train_set, val_set, recipe, folder, **options)
+    else:
+        taught = run.method != "naive" and run.epochs <= 10
+        options |= {"num_classes": len(host.label_names), "teacher": teacher if taught else None}
+        fit(student, train_set, val_set, recipe, folder, **options)
     cpu_seconds, seconds = time.process_time() - cpu, time.perf_counter() - wall
     torch.save(student.state_dict(), folder / "weights.pt")
     rows = []
