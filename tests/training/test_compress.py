@@ -17,6 +17,7 @@ import tokenlearner
 from tokenlearner.errors import InputError
 from tokenlearner.inspection.speed import measure_speed
 from tokenlearner.training import compress as compressing
+from tokenlearner.training import side_by_side
 from tokenlearner.training import train as training
 from tokenlearner.training.class_names import published_labels, read_as, renamed
 from tokenlearner.training.compress import compress, stand_alone, within_budget
@@ -38,7 +39,7 @@ RECIPE = Recipe(
 
 @pytest.fixture(autouse=True)
 def _no_long_timing(monkeypatch) -> None:
-    for module in (training, compressing):
+    for module in (training, compressing, side_by_side):
         monkeypatch.setattr(module, "measure_speed", partial(measure_speed, seconds_per_round=0.001))
 
 

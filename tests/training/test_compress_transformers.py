@@ -13,6 +13,7 @@ from tokenlearner.insertion.huggingface_folder import TransformersModel
 from tokenlearner.inspection.speed import measure_speed
 from tokenlearner.models import open_trained
 from tokenlearner.training import compress as compressing
+from tokenlearner.training import side_by_side
 from tokenlearner.training import train as training
 from tokenlearner.training.compress import compress
 from tokenlearner.training.fit import fit
@@ -34,7 +35,7 @@ RECIPE = Recipe(
 
 @pytest.fixture(autouse=True)
 def _no_long_timing(monkeypatch) -> None:
-    for module in (training, compressing):
+    for module in (training, compressing, side_by_side):
         monkeypatch.setattr(module, "measure_speed", partial(measure_speed, seconds_per_round=0.001))
 
 

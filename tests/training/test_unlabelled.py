@@ -21,7 +21,7 @@ from tokenlearner.inspection.speed import measure_speed
 from tokenlearner.models.opening import open_trained
 from tokenlearner.models.vivit import ViViT
 from tokenlearner.training import checkpoint
-from tokenlearner.training import unlabelled as training
+from tokenlearner.training import side_by_side, unlabelled
 from tokenlearner.training.recipe import AugmentRecipe, OptimizerRecipe, Recipe
 from tokenlearner.training.unlabelled import compress_unlabelled, feature_distance, fit_features, read_pictures
 
@@ -37,7 +37,7 @@ RECIPE = Recipe(
 
 @pytest.fixture(autouse=True)
 def _no_long_timing(monkeypatch) -> None:
-    monkeypatch.setattr(training, "measure_speed", partial(measure_speed, seconds_per_round=0.001))
+    monkeypatch.setattr(side_by_side, "measure_speed", partial(measure_speed, seconds_per_round=0.001))
 
 
 @pytest.fixture(scope="module")
@@ -309,7 +309,7 @@ def test_a_folder_held_out_by_the_user(tmp_path, in_val, in_classes):
 def test_neighbours_are_looked_for_among_so_many(pictures, monkeypatch):
     read = read_pictures(pictures, 0.2, 0)
     assert read.references(0).files == read.train.files
-    monkeypatch.setattr(training, "REFERENCES", 10)
+    monkeypatch.setattr(unlabelled, "REFERENCES", 10)
     few = read.references(0)
     assert len(few) == 10
     assert set(few.files) < set(read.train.files)

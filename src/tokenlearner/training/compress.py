@@ -15,7 +15,7 @@ from typing import Any
 
 import lightning as L
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from tokenlearner.data.clip_sources import Listing
 from tokenlearner.data.images import OnError
@@ -30,15 +30,17 @@ from tokenlearner.insertion.saving import load, save
 from tokenlearner.inspection.cost import cost
 from tokenlearner.inspection.report import write_report
 from tokenlearner.inspection.speed import measure_speed
-from tokenlearner.inspection.summary import ModelResult, hardware, write_summary
+from tokenlearner.inspection.summary import hardware, write_summary
 from tokenlearner.models.opening import open_trained
 from tokenlearner.training.build import insertion_arguments
+from tokenlearner.training.checkpoint import read_progress
 from tokenlearner.training.class_names import published_labels, read_as
-from tokenlearner.training.fit import Fitted, Processes, result_of
+from tokenlearner.training.fit import Fitted, Processes
 from tokenlearner.training.foreign import model_of_checkpoint
 from tokenlearner.training.material import Material, prepared, read_material
 from tokenlearner.training.recipe import Recipe, check_recipe
-from tokenlearner.training.train import RECIPE, SUMMARY, Ready, recipe_of_run, refuse_unfinished, train
+from tokenlearner.training.side_by_side import results_of
+from tokenlearner.training.train import RECIPE, SUMMARY, Ready, fingerprint_of, recipe_of_run, refuse_unfinished, train
 from tokenlearner.training.unlabelled import compress_unlabelled
 
 HOST = "host"  # the folder in the output where the model stands as it was
@@ -112,7 +114,7 @@ def compress(
         )
     labels, material = known_classes(before, model, lambda classes: read_material(Path(data), recipe, listing, classes))
     before.preprocessing = rate = prepared(needed_preprocessing(before), before, recipe, material)
-    scored = score(before, material, on_error)
+    scored = score(before, material, on_error, recipe.workers)
     log(f"{model}: {scored:.2%} on {len(material.data.val):,} held-out {material.noun}")
     refuse_chance(scored, material, model)
     if not going_on and (macs is not None or latency is not None):
@@ -132,11 +134,16 @@ def compress(
     if not done:  # another process of several writes
         return {}
     after = load(output)
-    results = side_by_side(
+    metric = "mean average precision" if material.multilabel else "accuracy"
+    progress = read_progress(output, fingerprint_of(material))
+    took, history = done["models"][0]["train_seconds"], progress.history if progress else []
+    after_score = score(after, material, on_error, recipe.workers)
+    results = results_of(
         {"host": before, "tokenlearner": after},
-        {"host": scored, "tokenlearner": score(after, material, on_error)},
-        {"host": 0.0, "tokenlearner": done["models"][0]["train_seconds"]},
-        material,
+        {
+            "host": Fitted(scored, 0.0, [], (), metric),
+            "tokenlearner": Fitted(after_score, took, history, (), metric),
+        },
         torch.randn(min(16, recipe.batch_size), *rate.model_input),
     )
     spec = insertion_of(after)
@@ -165,27 +172,6 @@ def compress(
         seed=recipe.seed,
         damaged=done["damaged"],
     )
-
-
-def side_by_side(
-    models: dict[str, nn.Module],
-    scores: dict[str, float],
-    seconds: dict[str, float],
-    material: Material,
-    batch: Tensor,
-) -> list[ModelResult]:
-    """A row for each model, timed in turns on ``batch``; ``seconds`` is what its training took."""
-    metric = "mean average precision" if material.multilabel else "accuracy"
-    return [
-        result_of(
-            speed.name,
-            models[speed.name],
-            Fitted(scores[speed.name], seconds[speed.name], [], (), metric),
-            speed,
-            tuple(batch.shape[1:]),
-        )
-        for speed in measure_speed(models, batch, rounds=9)
-    ]
 
 
 def known_classes(
@@ -224,12 +210,12 @@ def stand_alone(model: str, folder: Path, host: str | None) -> Path:
     return save(found, folder, labels=names or published_labels(getattr(found, "num_classes", 0)))
 
 
-def score(model: nn.Module, material: Material, on_error: OnError) -> float:
+def score(model: nn.Module, material: Material, on_error: OnError, workers: int) -> float:
     """Top-1, or mean average precision of multi-label data, on the held-out part."""
     val: Any = material.data.val
     if material.multilabel:
-        return evaluate_multilabel(model, val, on_error=on_error, views=(1, 1)).mean_average_precision
-    return evaluate(model, val, on_error=on_error, views=(1, 1)).top1
+        return evaluate_multilabel(model, val, on_error=on_error, workers=workers, views=(1, 1)).mean_average_precision
+    return evaluate(model, val, on_error=on_error, workers=workers, views=(1, 1)).top1
 
 
 def refuse_chance(scored: float, material: Material, name: str) -> None:

@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-from torch import nn
+from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from tokenlearner.inspection.cost import cost
-from tokenlearner.training.fit import Fitted, fit
+from tokenlearner.inspection.speed import measure_speed
+from tokenlearner.inspection.summary import ModelResult
+from tokenlearner.training.fit import Fitted, fit, result_of
 from tokenlearner.training.recipe import Recipe
 
 
@@ -40,3 +42,12 @@ def fit_each(
         fits[name] = fit(models[name], train_set, val_set, recipe, output / name, num_classes=num_classes)
         keep(models[name], output / name)
     return models, fits
+
+
+def results_of(models: Mapping[str, nn.Module], fitted: Mapping[str, Fitted], batch: Tensor) -> list[ModelResult]:
+    """A row for each of the ``models``, as they were ``fitted``, timed in turns on ``batch``."""
+    size = tuple(batch.shape[1:])
+    return [
+        result_of(speed.name, models[speed.name], fitted[speed.name], speed, size)
+        for speed in measure_speed(models, batch, rounds=9)
+    ]

@@ -42,15 +42,15 @@ from tokenlearner.insertion.elastic import most_tokens, note_elastic
 from tokenlearner.insertion.insert import insert, insertion_of
 from tokenlearner.insertion.saving import save
 from tokenlearner.inspection.report import write_report
-from tokenlearner.inspection.speed import measure_speed
-from tokenlearner.inspection.summary import ModelResult, hardware, write_summary
+from tokenlearner.inspection.summary import hardware, write_summary
 from tokenlearner.training.build import insertion_arguments, start_maps
 from tokenlearner.training.distill import Taught
-from tokenlearner.training.fit import Fitted, Processes, check_run, fit, result_of
+from tokenlearner.training.fit import Fitted, Processes, check_run, fit
 from tokenlearner.training.losses import Targets
 from tokenlearner.training.material import Material
 from tokenlearner.training.optim import build_optimizer
 from tokenlearner.training.recipe import Recipe, check_recipe
+from tokenlearner.training.side_by_side import results_of
 from tokenlearner.training.train import (
     RECIPE,
     SUMMARY,
@@ -308,7 +308,11 @@ def compress_unlabelled(
     for which in ("untrained", "trained"):
         log(f"{which}: {scores[which]}")
     batch = torch.randn(min(16, recipe.batch_size), *preprocessing.model_input)
-    results = side_by_side({"host": model, "tokenlearner": student}, scores, fitted, batch)
+    rows = {
+        "host": Fitted(scores["host"].cosine, 0.0, [], (), METRIC),
+        "tokenlearner": replace(fitted, accuracy=scores["trained"].cosine),
+    }
+    results = results_of({"host": model, "tokenlearner": student}, rows, batch)
     seconds = time.perf_counter() - start
     spec = insertion_of(student)
     write_report(
@@ -334,18 +338,6 @@ def compress_unlabelled(
         features={which: score.to_dict() for which, score in scores.items()},
         damaged=damaged_entries(fitted.damaged),
     )
-
-
-def side_by_side(
-    models: dict[str, nn.Module], scores: dict[str, FeatureScores], fitted: Fitted, batch: Tensor
-) -> list[ModelResult]:
-    """A row for the host and one for what was trained, timed in turns on ``batch``."""
-    host = Fitted(scores["host"].cosine, 0.0, [], (), METRIC)
-    rows = {"host": host, "tokenlearner": replace(fitted, accuracy=scores["trained"].cosine)}
-    return [
-        result_of(speed.name, models[speed.name], rows[speed.name], speed, tuple(batch.shape[1:]))
-        for speed in measure_speed(models, batch, rounds=9)
-    ]
 
 
 def student_of(model: nn.Module, recipe: Recipe, name: str) -> nn.Module:
