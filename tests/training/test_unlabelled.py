@@ -20,8 +20,7 @@ from tokenlearner.evaluation.features import features_of
 from tokenlearner.inspection.speed import measure_speed
 from tokenlearner.models.opening import open_trained
 from tokenlearner.models.vivit import ViViT
-from tokenlearner.training import checkpoint
-from tokenlearner.training import side_by_side, unlabelled
+from tokenlearner.training import checkpoint, side_by_side, unlabelled
 from tokenlearner.training.recipe import AugmentRecipe, OptimizerRecipe, Recipe
 from tokenlearner.training.unlabelled import compress_unlabelled, feature_distance, fit_features, read_pictures
 
