@@ -17,6 +17,7 @@ MEASURED, README = ROOT / "benchmarks/readme.json", ROOT / "README.md"
 DEMOS = {"demo": ROOT / "benchmarks/demo.json", "demo-video": ROOT / "benchmarks/demo-video.json"}
 PHOTOS = {name: ROOT / f"studies/photos/{name}/summary.json" for name in ("cifar10", "flowers")}  # by report.py there
 INTERACTIONS = ROOT / "studies/ut_interaction/summary.json"
+COMPRESS = ROOT / "studies/compress/summary.json"
 
 # Host, image size, batch: the sizes the project compares itself on.
 CASES = (("vit_small_patch16_224", 224, 8), ("vit_base_patch16_224", 224, 8), ("vit_base_patch16_384", 384, 4))
@@ -76,7 +77,11 @@ def tables() -> dict[str, str]:
         "demo-video": demo_table(video, "moving digits, `tokenlearner demo --video`", "clips"),
     }
     interactions = json.loads(INTERACTIONS.read_text())
-    studies = {"photos": photos_table(photos), "ut-interaction": interactions_table(interactions)}
+    studies = {
+        "photos": photos_table(photos),
+        "ut-interaction": interactions_table(interactions),
+        "compress": compress_table(json.loads(COMPRESS.read_text())),
+    }
     return {**demos, "speed": speed_table(measured), **studies}
 
 
@@ -144,6 +149,24 @@ def interactions_table(study: dict) -> str:
     how = (
         f"Top-1, mean ± sample deviation of {seeds} seeds, last epoch, {study['views']} views. In brackets "
         f"the difference to the plain model beside its 95 % margin. {hardware}."
+    )
+    return "\n".join([*lines, "", how])
+
+
+def compress_table(study: dict) -> str:
+    """Of every method its run of a tenth of the host's epochs at equal MACs."""
+    lines = ["| CIFAR-10, a small ViT | MACs | images/s | points from the host |", "|---|---|---|---|"]
+    rows = [row for row in study["methods"] if row["epochs"] == study["epochs"] and row["budget"] == "macs"]
+    for row in rows:
+        deviation = row["points_deviation"]
+        spread = "" if deviation is None else f" ± {deviation:.1f}"
+        seeds = len(row["seeds"])
+        points = f"{row['points_mean']:+.1f}{spread}" + ("" if seeds > 1 else " (one seed)")
+        lines.append(f"| {row['label']} | {row['macs_share']:.2f}× | {row['speedup']:.2f}× | {points} |")
+    (hardware,) = study["hardware"]
+    how = (
+        f"Top-1 on all test images beside the host's {study['host_accuracy']:.1%}; {study['epochs']} epochs after the "
+        f"host's {study['host_epochs']}, the host as teacher; mean ± sample deviation over the seeds. {hardware}."
     )
     return "\n".join([*lines, "", how])
 

@@ -74,8 +74,16 @@ def test_a_folder_is_opened_as_it_was_saved(tmp_path):
 
 @pytest.mark.parametrize("name", ["tokenlearner_micro4_32_8at2", "runs/gone"])
 def test_what_is_neither_folder_nor_name_is_refused(name):
-    with pytest.raises(InputError, match=rf"no folder {name}, and no model of that name; .* tokenlearner_micro4_32_"):
+    with pytest.raises(InputError, match=rf"no folder {name}, and no model of that name.*; .* tokenlearner_micro4_32_"):
         open_trained(name)
+
+
+def test_a_slip_in_a_folders_name_is_not_looked_for_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *_, **__: pytest.fail("asked the hub"))
+    with pytest.raises(InputError, match="there is no folder runs/gone, and no model of that name; give"):
+        open_trained("runs/gone")
 
 
 def test_weights_nobody_has_are_refused():

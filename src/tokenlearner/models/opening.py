@@ -29,16 +29,19 @@ def open_trained(source: str | Path, **options: Any) -> nn.Module:
     name = str(source)
     if Path(source).is_dir():
         return load(source)
-    if name.count("/") == 1 and not Path(name).parent.exists():  # else a folder is meant, with a slip in its name
-        return load(_fetched(name))
+    tried = ""
+    if name.count("/") == 1 and not Path(name).parent.exists():  # else it is a folder, with a slip in its name
+        folder, tried = _fetched(name)
+        if folder is not None:
+            return load(folder)
     if not timm.is_model(name.split(".")[0]):
         known = [
             entry for pattern in ("tokenlearner_*", "vivit_*", "x2plus1d_*") for entry in timm.list_pretrained(pattern)
         ]
         near = difflib.get_close_matches(name, [*known, *(entry.split(".")[0] for entry in known)], n=1)
         raise InputError(
-            f"there is no folder {name}, and no model of that name; give a saved model's folder or a name such as "
-            f"{(near or known or ['vit_base_patch16_224'])[0]}"
+            f"there is no folder {name}, and no model of that name{tried}; give a saved model's folder or a name such "
+            f"as {(near or known or ['vit_base_patch16_224'])[0]}"
         )
     try:
         model: Any = timm.create_model(name, pretrained=True, **options)
@@ -53,17 +56,14 @@ def open_trained(source: str | Path, **options: Any) -> nn.Module:
     return model.eval()
 
 
-def _fetched(name: str) -> str:
-    """The folder where the hub's files of a model of transformers have been put."""
+def _fetched(name: str) -> tuple[str | None, str]:
+    """The folder where the hub's files of a model of transformers have been put, or None and why there is none."""
     from huggingface_hub import snapshot_download
 
     try:
-        return snapshot_download(name, allow_patterns=["*.json", "*.safetensors"])
-    except Exception as error:
-        raise InputError(
-            f"there is no folder {name}, and no model of that name could be fetched from the hub "
-            f"({type(error).__name__})"
-        ) from error
+        return snapshot_download(name, allow_patterns=["*.json", "*.safetensors"]), ""
+    except Exception as error:  # no such name, no network, no room
+        return None, f" could be fetched from the hub ({type(error).__name__})"
 
 
 def _frames_a_second(model: Any) -> float | None:
