@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 import difflib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
+import lightning as L
 import timm
 import torch
 from torch import Tensor, nn
@@ -18,7 +20,7 @@ from tokenlearner.core.learner import TokenLearner
 from tokenlearner.data.images import collate
 from tokenlearner.errors import InputError
 from tokenlearner.insertion.clusters import start_at_clusters
-from tokenlearner.insertion.elastic import most_tokens
+from tokenlearner.insertion.elastic import most_tokens, note_elastic
 from tokenlearner.insertion.hosting import build_host
 from tokenlearner.insertion.insert import insert, insertion_of
 from tokenlearner.insertion.layers import HostGrid
@@ -62,6 +64,25 @@ def build_model(recipe: Recipe, num_classes: int | None, on: str = "cpu") -> nn.
     except (TypeError, ValueError) as error:
         raise InputError(str(error)) from error
     return model
+
+
+def inserted_copy(host: nn.Module, recipe: Recipe, name: str) -> nn.Module:
+    """A copy of ``host`` with the TokenLearner of ``recipe``, which depends on the seed alone.
+
+    Raises:
+        InputError: The host, which a sentence calls ``name``, has one already or takes none like this.
+    """
+    if (inside := insertion_of(host)) is not None:
+        raise InputError(f"{name} already has {inside.describe()}; give the model it was made of")
+    L.seed_everything(recipe.seed, workers=True, verbose=False)
+    try:
+        student = insert(copy.deepcopy(host), **insertion_arguments(replace(recipe, init=None)))
+        if recipe.elastic:
+            most_tokens(student)  # refuses what can't have fewer
+            note_elastic(student)
+        return student
+    except (TypeError, ValueError) as error:
+        raise InputError(str(error)) from error
 
 
 def insertion_arguments(recipe: Recipe) -> dict[str, Any]:

@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import lightning as L
 import torch
 from torch import nn
 
@@ -22,7 +21,6 @@ from tokenlearner.data.images import OnError
 from tokenlearner.errors import InputError
 from tokenlearner.evaluation.accuracy import evaluate, needed_preprocessing
 from tokenlearner.evaluation.multilabel import evaluate_multilabel
-from tokenlearner.insertion.elastic import most_tokens
 from tokenlearner.insertion.hosting import bare_on_meta
 from tokenlearner.insertion.hosts import host_of
 from tokenlearner.insertion.insert import insert, insertion_of
@@ -32,7 +30,7 @@ from tokenlearner.inspection.report import write_report
 from tokenlearner.inspection.speed import measure_speed
 from tokenlearner.inspection.summary import hardware, write_summary
 from tokenlearner.models.opening import open_trained
-from tokenlearner.training.build import insertion_arguments
+from tokenlearner.training.build import inserted_copy, insertion_arguments
 from tokenlearner.training.checkpoint import read_progress
 from tokenlearner.training.class_names import published_labels, read_as
 from tokenlearner.training.fit import Fitted, Processes
@@ -96,8 +94,7 @@ def compress(
     check_recipe(recipe := replace(recipe, model=None, init=None))
     source = stand_alone(model, output / HOST, host)
     before: Any = load(source)
-    if (inside := insertion_of(before)) is not None:
-        raise InputError(f"{model} already has {inside.describe()}; give the model it was made of")
+    inserted_copy(before, recipe, model)  # refused now, not after it was scored
     if unlabelled or not getattr(before, "num_classes", 0):
         if not going_on and (macs is not None or latency is not None):
             size = needed_preprocessing(before).model_input
@@ -119,13 +116,7 @@ def compress(
     refuse_chance(scored, material, model)
     if not going_on and (macs is not None or latency is not None):
         recipe = within_budget(before, recipe, rate.model_input, macs=macs, latency=latency)
-    L.seed_everything(recipe.seed, workers=True, verbose=False)
-    try:
-        student = insert(copy.deepcopy(before), **insertion_arguments(recipe))
-        if recipe.elastic:
-            most_tokens(student)  # refuses what can't have fewer
-    except (TypeError, ValueError) as error:
-        raise InputError(str(error)) from error
+    student = inserted_copy(before, recipe, model)
     spec: Any = insertion_of(student)
     log(f"{spec.describe()}; {recipe.epochs} epochs with the model as teacher")
     wanted = replace(recipe, init=str(source), distill=replace(recipe.distill, teacher=str(source)))
@@ -133,45 +124,47 @@ def compress(
     done = train(data, wanted, output, on_error=on_error, resume=going_on, ready=ready)
     if not done:  # another process of several writes
         return {}
+    summary = {"data": str(data), "model": model, "epochs": recipe.epochs, "seed": recipe.seed, **done}
+    return write_comparison(before, scored, material, output, recipe, summary, time.perf_counter() - start, on_error)
+
+
+def write_comparison(
+    before: Any,
+    scored: float,
+    material: Material,
+    output: Path,
+    recipe: Recipe,
+    summary: dict[str, Any],
+    seconds: float,
+    on_error: OnError,
+) -> dict[str, Any]:
+    """Scores what was trained to ``output``, times it beside the host, and writes summary and report of both."""
     after = load(output)
-    metric = "mean average precision" if material.multilabel else "accuracy"
+    rate, metric = before.preprocessing, "mean average precision" if material.multilabel else "accuracy"
     progress = read_progress(output, fingerprint_of(material))
-    took, history = done["models"][0]["train_seconds"], progress.history if progress else []
+    took, history = summary["models"][0]["train_seconds"], progress.history if progress else []
     after_score = score(after, material, on_error, recipe.workers)
-    results = results_of(
-        {"host": before, "tokenlearner": after},
-        {
-            "host": Fitted(scored, 0.0, [], (), metric),
-            "tokenlearner": Fitted(after_score, took, history, (), metric),
-        },
-        torch.randn(min(16, recipe.batch_size), *rate.model_input),
-    )
-    spec = insertion_of(after)
+    fitted = {
+        "host": Fitted(scored, 0.0, [], (), metric),
+        "tokenlearner": Fitted(after_score, took, history, (), metric),
+    }
+    batch = torch.randn(min(16, recipe.batch_size), *rate.model_input)
+    results = results_of({"host": before, "tokenlearner": after}, fitted, batch)
+    spec: Any = insertion_of(after)
     looks = {}
     if spec.kind != "average":
         looks = material.looks(after, material.datasets(recipe, rate, on_error)[1], rate, output / "maps")
-    seconds = time.perf_counter() - start
     write_report(
         output / "report.html",
-        f"{Path(model).name}, compressed",
+        f"{Path(summary['model']).name}, compressed",
         f"{spec.describe()}, trained for {recipe.epochs} epochs towards the model as it was; both scored on the same "
         f"{len(material.data.val):,} held-out {material.noun}.",
         results,
         footer=f"tokenlearner compress, seed {recipe.seed}, {seconds:.0f} s on {hardware()}.",
         **looks,
     )
-    return write_summary(
-        output / SUMMARY,
-        seconds,
-        results,
-        data=str(data),
-        held_out=len(material.data.val),
-        model=model,
-        insertion=spec.to_dict(),
-        epochs=recipe.epochs,
-        seed=recipe.seed,
-        damaged=done["damaged"],
-    )
+    kept = {key: summary[key] for key in ("data", "held_out", "model", "epochs", "seed", "damaged")}
+    return write_summary(output / SUMMARY, seconds, results, insertion=spec.to_dict(), **kept)
 
 
 def known_classes(

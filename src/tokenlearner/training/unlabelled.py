@@ -6,7 +6,6 @@ else has trained. Any folder of pictures will do.
 
 from __future__ import annotations
 
-import copy
 import random
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +14,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import lightning as L
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float
@@ -38,12 +36,11 @@ from tokenlearner.evaluation.features import (
     projection_for,
 )
 from tokenlearner.evaluation.fewshot import extract
-from tokenlearner.insertion.elastic import most_tokens, note_elastic
-from tokenlearner.insertion.insert import insert, insertion_of
+from tokenlearner.insertion.insert import insertion_of
 from tokenlearner.insertion.saving import save
 from tokenlearner.inspection.report import write_report
 from tokenlearner.inspection.summary import hardware, write_summary
-from tokenlearner.training.build import insertion_arguments, start_maps
+from tokenlearner.training.build import inserted_copy, start_maps
 from tokenlearner.training.distill import Taught
 from tokenlearner.training.fit import Fitted, Processes, check_run, fit
 from tokenlearner.training.losses import Targets
@@ -273,7 +270,8 @@ def compress_unlabelled(
         refuse_unfinished(output)
     check_recipe(recipe)
     check_run(recipe, multilabel=False)
-    student = student_of(model, recipe, name)
+    refuse_clips(model)
+    student = inserted_copy(model, recipe, name)
     preprocessing = needed_preprocessing(model)
     projection = projection_for(model, preprocessing.model_input, class_embeddings)
     pictures = read_pictures(Path(data), recipe.held_out, recipe.seed)
@@ -303,7 +301,7 @@ def compress_unlabelled(
     )
     if not is_first:
         return {}
-    compared = {"host": model, "untrained": student_of(model, recipe, name), "trained": student}
+    compared = {"host": model, "untrained": inserted_copy(model, recipe, name), "trained": student}
     scores = score_features(compared, pictures, recipe, class_embeddings, projection, on_error)
     for which in ("untrained", "trained"):
         log(f"{which}: {scores[which]}")
@@ -338,26 +336,6 @@ def compress_unlabelled(
         features={which: score.to_dict() for which, score in scores.items()},
         damaged=damaged_entries(fitted.damaged),
     )
-
-
-def student_of(model: nn.Module, recipe: Recipe, name: str) -> nn.Module:
-    """A copy of ``model`` with the TokenLearner of ``recipe``, which depends on the seed alone.
-
-    Raises:
-        InputError: It is a model of clips, has a TokenLearner already, or takes none like this.
-    """
-    refuse_clips(model)
-    if (inside := insertion_of(model)) is not None:
-        raise InputError(f"{name} already has {inside.describe()}; give the model it was made of")
-    L.seed_everything(recipe.seed, workers=True, verbose=False)
-    try:
-        student = insert(copy.deepcopy(model), **insertion_arguments(replace(recipe, init=None)))
-        if recipe.elastic:
-            most_tokens(student)  # refuses what can't have fewer
-            note_elastic(student)
-        return student
-    except (TypeError, ValueError) as error:
-        raise InputError(str(error)) from error
 
 
 def score_features(
