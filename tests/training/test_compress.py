@@ -12,6 +12,7 @@ import timm
 import torch
 from noisy_photos import draw_photos
 from PIL import Image
+from scipy.stats import binom
 
 import tokenlearner
 from tokenlearner.errors import InputError
@@ -20,7 +21,7 @@ from tokenlearner.training import compress as compressing
 from tokenlearner.training import side_by_side
 from tokenlearner.training import train as training
 from tokenlearner.training.class_names import published_labels, read_as, renamed
-from tokenlearner.training.compress import compress, stand_alone, within_budget
+from tokenlearner.training.compress import at_least, compress, stand_alone, within_budget
 from tokenlearner.training.foreign import model_of_checkpoint, read_checkpoint
 from tokenlearner.training.recipe import AugmentRecipe, OptimizerRecipe, Recipe
 from tokenlearner.training.train import train
@@ -172,6 +173,11 @@ def test_a_model_that_guesses_is_refused_before_it_is_trained(photos, tmp_path):
     with pytest.raises(InputError, match=r"scores 50\.00% on 30 held-out images, where guessing gives 50\.00%"):
         compress(str(tmp_path / "host"), photos, tmp_path / "out", RECIPE)
     assert not (tmp_path / "out/model.safetensors").exists()
+
+
+@pytest.mark.parametrize(("hits", "count", "chance"), [(0, 5, 0.5), (5, 5, 0.5), (60, 100, 0.5), (13, 10_000, 0.001)])
+def test_the_tail_of_the_binomial_distribution(hits, count, chance):
+    assert at_least(hits, count, chance) == pytest.approx(binom.sf(hits - 1, count, chance), rel=1e-6)
 
 
 def test_a_model_with_tokens_is_refused(photos, host, tmp_path):

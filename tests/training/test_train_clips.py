@@ -18,9 +18,11 @@ from tokenlearner.data.write_video import write_video
 from tokenlearner.errors import InputError
 from tokenlearner.evaluation.protocols import score
 from tokenlearner.inspection.speed import measure_speed
-from tokenlearner.training import checkpoint
+from tokenlearner.training import checkpoint, side_by_side
+from tokenlearner.training import compress as compressing
 from tokenlearner.training import train as training
 from tokenlearner.training.build import build_model
+from tokenlearner.training.compress import compress
 from tokenlearner.training.recipe import AugmentRecipe, ClipRecipe, OptimizerRecipe, Recipe
 from tokenlearner.training.train import train
 
@@ -88,6 +90,29 @@ def test_order_in_time_is_learned(videos, tmp_path):
     train(listed, recipe, tmp_path / "run", listing=Listing(val=listed))
     result = score(tokenlearner.load(tmp_path / "run"), tmp_path / "run", listed, views=(1, 1), workers=0)
     assert result["top1"] == 1.0
+
+
+@pytest.mark.slow
+def test_a_trained_model_is_made_cheaper(videos, tmp_path, monkeypatch):
+    for module in (compressing, side_by_side):
+        monkeypatch.setattr(module, "measure_speed", partial(measure_speed, seconds_per_round=0.001))
+    recipe = replace(
+        RECIPE, tokens=0, epochs=25, batch_size=6, optimizer=OptimizerRecipe("muon", lr=5e-3, warmup_epochs=2)
+    )
+    listed = tmp_path / "list.csv"
+    with listed.open("w", newline="") as file:
+        rows = [(path, path.parent.name) for path in sorted(videos.rglob("[0-9].mp4"))]
+        csv.writer(file).writerows([("file", "label"), *rows])
+    listing = Listing(val=listed)
+    train(listed, recipe, tmp_path / "host", listing=listing)
+    short = replace(recipe, image_size=None, tokens=2, epochs=2, maps="clusters", clip=ClipRecipe(fps=10.0))
+    summary = compress(str(tmp_path / "host"), listed, tmp_path / "out", short, listing=listing, log=lambda line: None)
+    before, after = summary["models"]
+    assert (before["accuracy"], before["inputs"]) == (1.0, "clips")
+    assert after["macs"] < before["macs"]
+    model = tokenlearner.load(tmp_path / "out")
+    assert (model.token_learner_insertion.num_tokens, model.preprocessing.frames) == (2, 4)
+    assert list((tmp_path / "out/maps").glob("*.png"))
 
 
 def test_the_same_run_with_workers_and_after_a_stop(videos, trained, tmp_path, monkeypatch):

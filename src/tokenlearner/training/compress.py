@@ -7,6 +7,7 @@ both are timed side by side. Everything on the way is a folder that ``save`` wro
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -212,15 +213,24 @@ def score(model: nn.Module, material: Material, on_error: OnError, workers: int)
 
 
 def refuse_chance(scored: float, material: Material, name: str) -> None:
-    """``InputError`` where a single-label score is not three standard errors above guessing."""
+    """``InputError`` where guessing gets a single-label score as high in one of a hundred cases or more."""
     if material.multilabel:
         return
     chance, count = 1 / len(material.data.train.classes), len(material.data.val)
-    if scored < chance + 3 * (chance * (1 - chance) / count) ** 0.5:
+    hits = round(scored * count)
+    if hits < count and at_least(hits, count, chance) >= 0.01:
         raise InputError(
             f"{name} scores {scored:.2%} on {count:,} held-out {material.noun}, where guessing gives {chance:.2%}: its "
             "labels are not these classes in this order, its inputs are prepared differently, or its weights not loaded"
         )
+
+
+def at_least(hits: int, count: int, chance: float) -> float:
+    """How likely ``hits`` or more of ``count`` are, each of probability ``chance`` (binomial distribution)."""
+    k = torch.arange(hits, count + 1, dtype=torch.float64)
+    n = torch.tensor(float(count), dtype=torch.float64)
+    ways = torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
+    return float((ways + k * math.log(chance) + (n - k) * math.log1p(-chance)).logsumexp(0).exp())
 
 
 def within_budget(
