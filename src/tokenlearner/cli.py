@@ -44,6 +44,9 @@ def input_shape(_: Any, tokens: Sequence[Token]) -> tuple[int, ...]:
     return tuple(map(int, numbers))
 
 
+RecipeFile = Annotated[
+    Path | None, Parameter(name="--recipe", help="YAML or TOML file; options given here override it.")
+]
 FrameFps = Annotated[float | None, Parameter(help="Folders of pictures are videos of so many frames a second.")]
 Listed = Annotated[Listing, Parameter(name="*", group="Videos")]
 Views = Annotated[
@@ -87,9 +90,7 @@ def train(
     data: Path,
     *,
     output: Annotated[Path, Parameter(help="Folder for the model, report.html, summary.json and metrics.csv.")],
-    recipe_file: Annotated[
-        Path | None, Parameter(name="--recipe", help="YAML or TOML file; options given here override it.")
-    ] = None,
+    recipe_file: RecipeFile = None,
     resume: Annotated[
         bool, Parameter(negative="", help="Go on with the run in --output, by its recipe, at its last checkpoint.")
     ] = False,
@@ -128,9 +129,7 @@ def compress(
     unlabelled: Annotated[
         bool, Parameter(negative="", help="DATA is any pictures: train towards the model's features alone.")
     ] = False,
-    recipe_file: Annotated[
-        Path | None, Parameter(name="--recipe", help="YAML or TOML file; options given here override it.")
-    ] = None,
+    recipe_file: RecipeFile = None,
     resume: Annotated[bool, Parameter(negative="", help="Go on with the run in --output.")] = False,
     recipe: CompressRecipeArgument = CommandLineCompressRecipe(),  # noqa: B008 - cyclopts reads the default
     listed: Listed = Listing(),  # noqa: B008

@@ -49,7 +49,7 @@ def summarise(rows: list[dict[str, str]]) -> list[dict[str, Any]]:
     ours = groups.get(("tokenlearner", "0.5", "8", "macs", str(epochs)), [])
     found = []
     for (method, at, tokens, budget, trained), runs in groups.items():
-        points = [100 * (float(run["accuracy"]) - float(run["host_accuracy"])) for run in runs]
+        points = [difference(run) for run in runs]
         entry: dict[str, Any] = {
             "method": method,
             "label": label_of(method, at, tokens),

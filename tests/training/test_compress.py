@@ -3,7 +3,6 @@
 import json
 from collections import OrderedDict
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,13 +12,12 @@ import torch
 from noisy_photos import draw_photos
 from PIL import Image
 from scipy.stats import binom
+from whole_runs import brief_timing
 
 import tokenlearner
 from tokenlearner.errors import InputError
-from tokenlearner.inspection.speed import measure_speed
 from tokenlearner.training import compress as compressing
 from tokenlearner.training import side_by_side
-from tokenlearner.training import train as training
 from tokenlearner.training.class_names import published_labels, read_as, renamed
 from tokenlearner.training.compress import at_least, compress, stand_alone, within_budget
 from tokenlearner.training.foreign import model_of_checkpoint, read_checkpoint
@@ -40,8 +38,7 @@ RECIPE = Recipe(
 
 @pytest.fixture(autouse=True)
 def _no_long_timing(monkeypatch) -> None:
-    for module in (training, compressing, side_by_side):
-        monkeypatch.setattr(module, "measure_speed", partial(measure_speed, seconds_per_round=0.001))
+    brief_timing(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +50,7 @@ def photos(tmp_path_factory) -> Path:
 def host(photos, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("runs") / "host"
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(training, "measure_speed", partial(measure_speed, seconds_per_round=0.001))
+        brief_timing(patched)
         train(photos, replace(RECIPE, model="test_vit", tokens=0, epochs=3), output)
     return output
 
@@ -252,7 +249,7 @@ def test_a_stopped_run_goes_on_with_the_budget_it_had(photos, host, tmp_path, mo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(training, "measure_speed", stopped)  # after its training
+        patched.setattr(side_by_side, "measure_speed", stopped)  # after its training
         with pytest.raises(KeyboardInterrupt):
             compress(str(host), photos, output, recipe, macs=0.8, log=lambda line: None)
     with pytest.raises(InputError, match="holds a run that has not ended"):

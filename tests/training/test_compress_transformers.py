@@ -1,20 +1,16 @@
 """A classifier of transformers made cheaper, from the folder save_pretrained wrote or a name of the hub."""
 
 from dataclasses import replace
-from functools import partial
 
 import pytest
 import torch
 from noisy_photos import draw_photos
+from whole_runs import brief_timing
 
 import tokenlearner
 from tokenlearner.evaluation.accuracy import evaluate
 from tokenlearner.insertion.huggingface_folder import TransformersModel
-from tokenlearner.inspection.speed import measure_speed
 from tokenlearner.models import open_trained
-from tokenlearner.training import compress as compressing
-from tokenlearner.training import side_by_side
-from tokenlearner.training import train as training
 from tokenlearner.training.compress import compress
 from tokenlearner.training.fit import fit
 from tokenlearner.training.material import read_material
@@ -35,8 +31,7 @@ RECIPE = Recipe(
 
 @pytest.fixture(autouse=True)
 def _no_long_timing(monkeypatch) -> None:
-    for module in (training, compressing, side_by_side):
-        monkeypatch.setattr(module, "measure_speed", partial(measure_speed, seconds_per_round=0.001))
+    brief_timing(monkeypatch)
 
 
 @pytest.fixture(scope="module")

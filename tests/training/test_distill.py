@@ -1,7 +1,6 @@
 """Learning from a teacher: what is minimised, that the teacher is left alone, and what is refused."""
 
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import pytest
@@ -10,12 +9,10 @@ import torch
 from noisy_photos import draw_photos
 from PIL import Image
 from torch import nn
+from whole_runs import brief_timing, stopped_at_first_checkpoint
 
 import tokenlearner
 from tokenlearner.errors import InputError
-from tokenlearner.inspection.speed import measure_speed
-from tokenlearner.training import checkpoint
-from tokenlearner.training import train as training
 from tokenlearner.training.distill import Distilled, Seen, classifier_of, distance, watched
 from tokenlearner.training.recipe import AugmentRecipe, DistillRecipe, OptimizerRecipe, Recipe
 from tokenlearner.training.train import train
@@ -34,7 +31,7 @@ RECIPE = Recipe(
 
 @pytest.fixture(autouse=True)
 def _no_long_timing(monkeypatch) -> None:
-    monkeypatch.setattr(training, "measure_speed", partial(measure_speed, seconds_per_round=0.001))
+    brief_timing(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -46,7 +43,7 @@ def photos(tmp_path_factory) -> Path:
 def teacher(photos, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("runs") / "teacher"
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(training, "measure_speed", partial(measure_speed, seconds_per_round=0.001))
+        brief_timing(patched)
         train(photos, RECIPE, output)
     return output
 
@@ -151,16 +148,8 @@ def test_an_inserted_student_comes_nearer_to_its_teacher(photos, tmp_path):
 def test_with_a_teacher_too_a_stopped_run_goes_on_as_if_it_had_not_been(photos, teacher, tmp_path, monkeypatch):
     recipe = replace(RECIPE, tokens=2, epochs=2, distill=DistillRecipe(str(teacher), features=0.5))
     train(photos, recipe, tmp_path / "one")
-    kept = checkpoint.WholeCheckpoints.save_checkpoint
-
-    def stop_after(self, *args, **kwargs):
-        kept(self, *args, **kwargs)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(checkpoint.WholeCheckpoints, "save_checkpoint", stop_after)
-        with pytest.raises(KeyboardInterrupt):
-            train(photos, recipe, tmp_path / "two")
+    with stopped_at_first_checkpoint(monkeypatch):
+        train(photos, recipe, tmp_path / "two")
     train(photos, recipe, tmp_path / "two", resume=True)
     one, two = (tokenlearner.load(tmp_path / name).state_dict() for name in ("one", "two"))
     assert all(torch.equal(value, two[key]) for key, value in one.items())

@@ -4,23 +4,19 @@ import csv
 import json
 import shutil
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from whole_runs import brief_timing, stopped_at_first_checkpoint
 
 import tokenlearner
 from tokenlearner.data.clip_sources import Listing
 from tokenlearner.data.write_video import write_video
 from tokenlearner.errors import InputError
 from tokenlearner.evaluation.protocols import score
-from tokenlearner.inspection.speed import measure_speed
-from tokenlearner.training import checkpoint, side_by_side
-from tokenlearner.training import compress as compressing
-from tokenlearner.training import train as training
 from tokenlearner.training.build import build_model
 from tokenlearner.training.compress import compress
 from tokenlearner.training.recipe import AugmentRecipe, ClipRecipe, OptimizerRecipe, Recipe
@@ -42,7 +38,7 @@ RECIPE = Recipe(
 
 @pytest.fixture(autouse=True)
 def _no_long_timing(monkeypatch) -> None:
-    monkeypatch.setattr(training, "measure_speed", partial(measure_speed, seconds_per_round=0.001))
+    brief_timing(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +58,7 @@ def videos(tmp_path_factory) -> Path:
 def trained(videos, tmp_path_factory) -> Path:
     output = tmp_path_factory.mktemp("runs") / "films"
     with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(training, "measure_speed", partial(measure_speed, seconds_per_round=0.001))
+        brief_timing(patched)
         train(videos, RECIPE, output)
     return output
 
@@ -94,8 +90,6 @@ def test_order_in_time_is_learned(videos, tmp_path):
 
 @pytest.mark.slow
 def test_a_trained_model_is_made_cheaper(videos, tmp_path, monkeypatch):
-    for module in (compressing, side_by_side):
-        monkeypatch.setattr(module, "measure_speed", partial(measure_speed, seconds_per_round=0.001))
     recipe = replace(
         RECIPE, tokens=0, epochs=25, batch_size=6, optimizer=OptimizerRecipe("muon", lr=5e-3, warmup_epochs=2)
     )
@@ -121,16 +115,8 @@ def test_the_same_run_with_workers_and_after_a_stop(videos, trained, tmp_path, m
     )
     train(videos, random, tmp_path / "one")
     train(videos, replace(random, workers=2), tmp_path / "two")
-    kept = checkpoint.WholeCheckpoints.save_checkpoint
-
-    def stop_after(self, *args, **kwargs):
-        kept(self, *args, **kwargs)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(checkpoint.WholeCheckpoints, "save_checkpoint", stop_after)
-        with pytest.raises(KeyboardInterrupt):
-            train(videos, random, tmp_path / "three")
+    with stopped_at_first_checkpoint(monkeypatch):
+        train(videos, random, tmp_path / "three")
     train(videos, random, tmp_path / "three", resume=True)
     weights = [tokenlearner.load(tmp_path / name).state_dict() for name in ("one", "two", "three")]
     for other in weights[1:]:

@@ -3,7 +3,6 @@
 import copy
 import json
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,15 +11,15 @@ import timm
 import torch
 from noisy_photos import draw_photos
 from PIL import Image
+from whole_runs import brief_timing, stopped_at_first_checkpoint
 
 import tokenlearner
 from tokenlearner.data.images import ImageFiles
 from tokenlearner.errors import InputError
 from tokenlearner.evaluation.features import features_of
-from tokenlearner.inspection.speed import measure_speed
 from tokenlearner.models.opening import open_trained
 from tokenlearner.models.vivit import ViViT
-from tokenlearner.training import checkpoint, side_by_side, unlabelled
+from tokenlearner.training import unlabelled
 from tokenlearner.training.recipe import AugmentRecipe, OptimizerRecipe, Recipe
 from tokenlearner.training.unlabelled import compress_unlabelled, feature_distance, fit_features, read_pictures
 
@@ -36,7 +35,7 @@ RECIPE = Recipe(
 
 @pytest.fixture(autouse=True)
 def _no_long_timing(monkeypatch) -> None:
-    monkeypatch.setattr(side_by_side, "measure_speed", partial(measure_speed, seconds_per_round=0.001))
+    brief_timing(monkeypatch)
 
 
 @pytest.fixture(scope="module")
@@ -192,16 +191,8 @@ def test_a_head_stays_as_it_is(pictures, tmp_path):
 def test_a_stopped_run_goes_on_as_if_it_had_not_been(pictures, tmp_path, monkeypatch):
     recipe = replace(RECIPE, ema=0.9, accumulate=2, augment=AugmentRecipe(mixup=0.8, cutmix=1.0))
     one = compress_unlabelled(backbone(), pictures, tmp_path / "one", recipe, log=str)
-    kept = checkpoint.WholeCheckpoints.save_checkpoint
-
-    def stop_after(self, *args, **kwargs):
-        kept(self, *args, **kwargs)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr(checkpoint.WholeCheckpoints, "save_checkpoint", stop_after)
-        with pytest.raises(KeyboardInterrupt):
-            compress_unlabelled(backbone(), pictures, tmp_path / "two", recipe, log=str)
+    with stopped_at_first_checkpoint(monkeypatch):
+        compress_unlabelled(backbone(), pictures, tmp_path / "two", recipe, log=str)
     with pytest.raises(InputError, match="holds a run that has not ended"):
         compress_unlabelled(backbone(), pictures, tmp_path / "two", recipe, log=str)
     two = compress_unlabelled(backbone(), pictures, tmp_path / "two", recipe, resume=True, log=str)

@@ -5,7 +5,6 @@ transformers itself is imported when a folder is opened, so that one can be told
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -18,9 +17,8 @@ from torch import Tensor, nn
 
 from tokenlearner.errors import InputError
 from tokenlearner.insertion.insert import SPEC
-from tokenlearner.insertion.saving import Preprocessing
+from tokenlearner.insertion.saving import CONFIG, Preprocessing, read_json
 
-CONFIG = "config.json"
 OUTPUTS = ("logits", "image_embeds", "pooler_output", "last_hidden_state")  # what to read first
 _NEAR = 0.02  # of the range of pixels, the mean difference of a picture prepared by the processor and by us
 
@@ -102,7 +100,8 @@ def output_of(returned: Any) -> tuple[str, Tensor]:
 def is_pretrained(folder: str | Path) -> bool:
     """Whether ``folder`` has a ``config.json`` of transformers."""
     path = Path(folder) / CONFIG
-    return path.is_file() and "architectures" in _read(path)
+    config = read_json(path) if path.is_file() else None
+    return isinstance(config, dict) and "architectures" in config
 
 
 def open_pretrained(folder: str | Path) -> TransformersModel:
@@ -121,7 +120,7 @@ def open_pretrained(folder: str | Path) -> TransformersModel:
         from tokenlearner.insertion.huggingface_saving import MODELS
     except ImportError as error:
         raise InputError(f"{folder} is of transformers, which is needed in version 5 or newer: {error}") from error
-    name = next(iter(_read(folder / CONFIG)["architectures"] or ["model of no class"]))
+    name = next(iter(read_json(folder / CONFIG)["architectures"] or ["model of no class"]))
     served: dict[str, Any] = {kind.__name__: kind for kind in (*HOSTS, *MODELS.values())}
     if name not in served:
         raise InputError(
@@ -200,11 +199,3 @@ def _share(crop: int, edge: int) -> float:
     """Which share of ``edge`` is cropped, such that ``crop`` by it, rounded down, is the edge again."""
     share = crop / edge
     return share if math.floor(crop / share) == edge else math.nextafter(share, 0)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is not readable JSON: {error}") from error
-    return config if isinstance(config, dict) else {}

@@ -268,10 +268,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG
     if not path.is_file():
         raise InputError(f"{folder} is not a saved model: it has no {CONFIG}")
-    try:
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is not readable JSON: {error}") from error
+    config = read_json(path)
     if not isinstance(config, dict) or config.get("format") != FORMAT:
         found = config.get("format") if isinstance(config, dict) else None
         raise InputError(f"{path} has format {found!r}; this version of tokenlearner reads format {FORMAT}")
@@ -279,6 +276,13 @@ def read_config(folder: Path) -> dict[str, Any]:
         if not isinstance(config.get(key, ...), kinds):
             raise InputError(f"{path} has no entry {key!r} as this version writes it, so what was saved can't be told")
     return config
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is not readable JSON: {error}") from error
 
 
 def _insertion(values: Mapping[str, Any], model: nn.Module) -> Insertion:

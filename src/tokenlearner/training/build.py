@@ -56,14 +56,7 @@ def build_model(recipe: Recipe, num_classes: int | None, on: str = "cpu") -> nn.
     )
     if recipe.elastic and recipe.tokens == 0:
         raise InputError("elastic trains on random numbers of the tokens, and tokens=0 leaves none: give at least 1")
-    try:
-        if not is_done:
-            insert(model, **insertion_arguments(recipe))
-        if recipe.elastic:
-            most_tokens(model)  # refuses what can't take fewer
-    except (TypeError, ValueError) as error:
-        raise InputError(str(error)) from error
-    return model
+    return with_insertion(model, recipe, is_there=bool(is_done))
 
 
 def inserted_copy(host: nn.Module, recipe: Recipe, name: str) -> nn.Module:
@@ -72,17 +65,27 @@ def inserted_copy(host: nn.Module, recipe: Recipe, name: str) -> nn.Module:
     Raises:
         InputError: The host, which a sentence calls ``name``, has one already or takes none like this.
     """
-    if (inside := insertion_of(host)) is not None:
-        raise InputError(f"{name} already has {inside.describe()}; give the model it was made of")
+    refuse_inserted(host, name)
     L.seed_everything(recipe.seed, workers=True, verbose=False)
+    return with_insertion(copy.deepcopy(host), replace(recipe, init=None))
+
+
+def with_insertion(model: nn.Module, recipe: Recipe, *, is_there: bool = False) -> nn.Module:
+    """``model`` after ``recipe``'s insertion, which it may have already."""
     try:
-        student = insert(copy.deepcopy(host), **insertion_arguments(replace(recipe, init=None)))
+        if not is_there:
+            insert(model, **insertion_arguments(recipe))
         if recipe.elastic:
-            most_tokens(student)  # refuses what can't have fewer
-            note_elastic(student)
-        return student
+            most_tokens(model)  # refuses what can't take fewer
+            note_elastic(model)
     except (TypeError, ValueError) as error:
         raise InputError(str(error)) from error
+    return model
+
+
+def refuse_inserted(model: nn.Module, name: str) -> None:
+    if (inside := insertion_of(model)) is not None:
+        raise InputError(f"{name} already has {inside.describe()}; give the model it was made of")
 
 
 def insertion_arguments(recipe: Recipe) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from tokenlearner.data.clip_sources import Listing
-from tokenlearner.data.images import OnError
+from tokenlearner.data.images import OnError, damaged_entries
 from tokenlearner.errors import InputError
 from tokenlearner.evaluation.accuracy import evaluate, needed_preprocessing
 from tokenlearner.evaluation.multilabel import evaluate_multilabel
@@ -31,15 +31,14 @@ from tokenlearner.inspection.report import write_report
 from tokenlearner.inspection.speed import measure_speed
 from tokenlearner.inspection.summary import hardware, write_summary
 from tokenlearner.models.opening import open_trained
-from tokenlearner.training.build import inserted_copy, insertion_arguments
-from tokenlearner.training.checkpoint import read_progress
+from tokenlearner.training.build import inserted_copy, insertion_arguments, refuse_inserted
 from tokenlearner.training.class_names import published_labels, read_as
 from tokenlearner.training.fit import Fitted, Processes
 from tokenlearner.training.foreign import model_of_checkpoint
 from tokenlearner.training.material import Material, prepared, read_material
 from tokenlearner.training.recipe import Recipe, check_recipe
 from tokenlearner.training.side_by_side import results_of
-from tokenlearner.training.train import RECIPE, SUMMARY, Ready, fingerprint_of, recipe_of_run, refuse_unfinished, train
+from tokenlearner.training.train import RECIPE, SUMMARY, Ready, fit_ready, recipe_of_run, refuse_unfinished
 from tokenlearner.training.unlabelled import compress_unlabelled
 
 HOST = "host"  # the folder in the output where the model stands as it was
@@ -88,18 +87,17 @@ def compress(
     if macs is not None and latency is not None:
         raise InputError("--macs and --latency both choose the layer: give one of them")
     going_on = resume and (output / RECIPE).is_file()
-    if going_on:  # what was chosen for a budget stays
-        recipe = recipe_of_run(output, recipe)
+    if going_on:
+        recipe, macs, latency = recipe_of_run(output, recipe), None, None  # what was chosen for a budget stays
     elif Processes.of_torchrun().rank == 0:
         refuse_unfinished(output)
     check_recipe(recipe := replace(recipe, model=None, init=None))
     source = stand_alone(model, output / HOST, host)
     before: Any = load(source)
-    inserted_copy(before, recipe, model)  # refused now, not after it was scored
+    refuse_inserted(before, model)
     if unlabelled or not getattr(before, "num_classes", 0):
-        if not going_on and (macs is not None or latency is not None):
-            size = needed_preprocessing(before).model_input
-            recipe = within_budget(before, recipe, size, macs=macs, latency=latency)
+        size = needed_preprocessing(before).model_input
+        recipe = within_budget(before, recipe, size, macs=macs, latency=latency)
         return compress_unlabelled(
             before,
             data,
@@ -110,62 +108,54 @@ def compress(
             resume=resume,
             log=log,
         )
+    student = inserted_copy(before, recipe, model)  # refused now, not after the model was scored
     labels, material = known_classes(before, model, lambda classes: read_material(Path(data), recipe, listing, classes))
     before.preprocessing = rate = prepared(needed_preprocessing(before), before, recipe, material)
     scored = score(before, material, on_error, recipe.workers)
     log(f"{model}: {scored:.2%} on {len(material.data.val):,} held-out {material.noun}")
     refuse_chance(scored, material, model)
-    if not going_on and (macs is not None or latency is not None):
+    if macs is not None or latency is not None:
         recipe = within_budget(before, recipe, rate.model_input, macs=macs, latency=latency)
-    student = inserted_copy(before, recipe, model)
+        student = inserted_copy(before, recipe, model)
     spec: Any = insertion_of(student)
     log(f"{spec.describe()}; {recipe.epochs} epochs with the model as teacher")
     wanted = replace(recipe, init=str(source), distill=replace(recipe.distill, teacher=str(source)))
-    ready = Ready(student, rate, material, labels, teacher=before, name=Path(model).name)
-    done = train(data, wanted, output, on_error=on_error, resume=going_on, ready=ready)
-    if not done:  # another process of several writes
+    task = Ready(student, rate, material, labels, teacher=before)
+    fitted, val_set = fit_ready(task, wanted, output, on_error=on_error, resume=going_on)
+    if Processes.of_torchrun().rank:  # the first one writes
         return {}
-    summary = {"data": str(data), "model": model, "epochs": recipe.epochs, "seed": recipe.seed, **done}
-    return write_comparison(before, scored, material, output, recipe, summary, time.perf_counter() - start, on_error)
-
-
-def write_comparison(
-    before: Any,
-    scored: float,
-    material: Material,
-    output: Path,
-    recipe: Recipe,
-    summary: dict[str, Any],
-    seconds: float,
-    on_error: OnError,
-) -> dict[str, Any]:
-    """Scores what was trained to ``output``, times it beside the host, and writes summary and report of both."""
     after = load(output)
-    rate, metric = before.preprocessing, "mean average precision" if material.multilabel else "accuracy"
-    progress = read_progress(output, fingerprint_of(material))
-    took, history = summary["models"][0]["train_seconds"], progress.history if progress else []
-    after_score = score(after, material, on_error, recipe.workers)
-    fitted = {
+    metric = "mean average precision" if material.multilabel else "accuracy"
+    rows = {
         "host": Fitted(scored, 0.0, [], (), metric),
-        "tokenlearner": Fitted(after_score, took, history, (), metric),
+        "tokenlearner": replace(fitted, accuracy=score(after, material, on_error, recipe.workers)),
     }
     batch = torch.randn(min(16, recipe.batch_size), *rate.model_input)
-    results = results_of({"host": before, "tokenlearner": after}, fitted, batch)
-    spec: Any = insertion_of(after)
-    looks = {}
-    if spec.kind != "average":
-        looks = material.looks(after, material.datasets(recipe, rate, on_error)[1], rate, output / "maps")
+    results = results_of({"host": before, "tokenlearner": after}, rows, batch)
+    has_maps = spec.kind != "average"
+    looks = material.looks(after, val_set, rate, output / "maps") if has_maps else {}
+    seconds = time.perf_counter() - start
     write_report(
         output / "report.html",
-        f"{Path(summary['model']).name}, compressed",
+        f"{Path(model).name}, compressed",
         f"{spec.describe()}, trained for {recipe.epochs} epochs towards the model as it was; both scored on the same "
         f"{len(material.data.val):,} held-out {material.noun}.",
         results,
         footer=f"tokenlearner compress, seed {recipe.seed}, {seconds:.0f} s on {hardware()}.",
         **looks,
     )
-    kept = {key: summary[key] for key in ("data", "held_out", "model", "epochs", "seed", "damaged")}
-    return write_summary(output / SUMMARY, seconds, results, insertion=spec.to_dict(), **kept)
+    return write_summary(
+        output / SUMMARY,
+        seconds,
+        results,
+        data=str(data),
+        held_out=len(material.data.val),
+        model=model,
+        insertion=spec.to_dict(),
+        epochs=recipe.epochs,
+        seed=recipe.seed,
+        damaged=damaged_entries(fitted.damaged),
+    )
 
 
 def known_classes(
@@ -241,7 +231,8 @@ def within_budget(
     macs: float | None = None,
     latency: float | None = None,
 ) -> Recipe:
-    """``recipe`` with the place and the number of tokens for a share of the host's MACs, or of its time for one input.
+    """``recipe`` with the place and the number of tokens for a share of the host's MACs, or of its time for one input;
+    as it is where neither is given.
 
     The last layer before which ``recipe.tokens`` tokens keep to it, then as many tokens, doubled again and again, as
     still do there: later layers see more of the picture, and what is left of the budget goes to more tokens.
@@ -250,7 +241,8 @@ def within_budget(
         InputError: No layer is early enough; says what the earliest comes to.
     """
     wanted = macs if latency is None else latency
-    assert wanted is not None, "a budget is given"
+    if wanted is None:
+        return recipe
     if not 0 < wanted < 1:
         raise InputError(f"a budget is a share of the model's own cost, above 0 and below 1, not {wanted}")
     depth = len(host_of(model).layers())

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import lightning as L
 import torch
 from torch import nn
+from torch.utils.data import Dataset
 
 from tokenlearner.data.clip_sources import Listing
 from tokenlearner.data.clips import LabelledClips
@@ -35,7 +36,8 @@ from tokenlearner.training.build import (
     start_maps,
 )
 from tokenlearner.training.checkpoint import last_checkpoint, read_progress
-from tokenlearner.training.fit import Processes, check_run, fit, result_of
+from tokenlearner.training.distill import Distilled, Taught
+from tokenlearner.training.fit import Fitted, Processes, check_run, fit, result_of
 from tokenlearner.training.material import Material, prepared, read_material
 from tokenlearner.training.optim import build_optimizer
 from tokenlearner.training.recipe import Recipe, check_recipe, recipe_from_dict, resumed_recipe
@@ -46,14 +48,16 @@ RECIPE, SUMMARY = "recipe.json", "summary.json"
 class Ready(NamedTuple):
     """What a run trains, and on what, before anything is written.
 
-    ``labels`` are the names of the model's outputs, which need not be what ``material`` calls its classes.
+    ``labels`` are the names of the model's outputs, which need not be what ``material`` calls its classes; None for
+    those it has. ``taught`` is what is learned from ``teacher``.
     """
 
     model: nn.Module
     preprocessing: Preprocessing
     material: Material
-    labels: Sequence[str]
+    labels: Sequence[str] | None
     teacher: nn.Module | None = None
+    taught: type[Taught] = Distilled
     loaded: LoadedWeights | None = None
     name: str = ""
 
@@ -67,7 +71,6 @@ def train(
     resume: bool = False,
     listing: Listing | None = None,
     classes: Sequence[str] | None = None,
-    ready: Ready | None = None,
 ) -> dict[str, Any]:
     """Trains the model of ``recipe`` on the images or videos of ``data`` and returns the summary.
 
@@ -77,8 +80,7 @@ def train(
     ``summary.json`` and ``report.html``. Damaged files are named and counted in the summary; ``on_error="raise"`` stops
     at the first instead.
 
-    ``classes`` fixes the outputs and their order; the data may lack some of them. ``ready`` is a model that is there
-    already, with its data: then neither is taken from the recipe and ``data``.
+    ``classes`` fixes the outputs and their order; the data may lack some of them.
 
     ``resume`` goes on with a run that was stopped, at its last checkpoint and by its own recipe, with the losses it
     would have had; a run without a checkpoint begins anew. Under ``torchrun`` the processes share the work, the first
@@ -95,42 +97,12 @@ def train(
         refuse_unfinished(output)
     check_recipe(recipe)
     L.seed_everything(recipe.seed, workers=True, verbose=False)
-    task = ready or made_ready(recipe, read_material(Path(data), recipe, listing, classes))
-    model, preprocessing, material, loaded = task.model, task.preprocessing, task.material, task.loaded
-    images, classes = material.data, material.data.train.classes
-    with input_errors("augment"):
-        train_set, val_set = material.datasets(recipe, preprocessing, on_error)
-    with input_errors("optimizer"):
-        build_optimizer(model, recipe.optimizer)  # fit builds its own; here it fails before a folder is written
-    if not resume:
-        start_maps(model, recipe, train_set)
-    # Whatever fit would refuse is refused here, before a file of an earlier run is touched.
-    fingerprint = fingerprint_of(material)
-    check_run(recipe, material.multilabel)
-    if resume:
-        read_progress(output, fingerprint)
-    if is_first:
-        prepare_output(output, recipe, material, resume)
-
-    def save_model() -> None:
-        save(model, output, preprocessing=preprocessing, labels=task.labels)
-
-    fitted = fit(
-        model,
-        train_set,
-        val_set,
-        recipe,
-        output,
-        num_classes=len(classes),
-        after_epoch=save_model,
-        multilabel=material.multilabel,
-        checkpoints=True,
-        resume=resume,
-        data=fingerprint,
-        teacher=task.teacher,
-    )
+    task = made_ready(recipe, read_material(Path(data), recipe, listing, classes))
+    fitted, val_set = fit_ready(task, recipe, output, on_error=on_error, resume=resume)
     if not is_first:
         return {}
+    model, preprocessing, material, loaded = task.model, task.preprocessing, task.material, task.loaded
+    images, classes = material.data, material.data.train.classes
     name = "tokenlearner" if learners(model) else "plain"
     shape = preprocessing.model_input
     speed = measure_speed({name: model}, torch.randn(min(16, recipe.batch_size), *shape), rounds=5)[0]
@@ -164,6 +136,54 @@ def train(
     )
 
 
+def fit_ready(
+    task: Ready, recipe: Recipe, output: Path, *, on_error: OnError = "skip", resume: bool = False
+) -> tuple[Fitted, Dataset[Any]]:
+    """Trains the model of ``task`` in place, and returns what became of it and the evaluation set.
+
+    Writes all of what :func:`train` writes but its summary and report. Under ``torchrun`` every process calls this.
+
+    Raises:
+        InputError: As :func:`train`.
+    """
+    model, material, classes = task.model, task.material, task.material.data.train.classes
+    L.seed_everything(recipe.seed, workers=True, verbose=False)
+    train_set, val_set = checked_sets(task, recipe, on_error)
+    fingerprint = fingerprint_of(material)
+    if resume:
+        read_progress(output, fingerprint)
+    else:
+        start_maps(model, recipe, train_set)
+    if Processes.of_torchrun().rank == 0:
+        prepare_output(output, recipe, material, resume)
+    fitted = fit(
+        model,
+        train_set,
+        val_set,
+        recipe,
+        output,
+        num_classes=len(classes),
+        after_epoch=lambda: save(model, output, preprocessing=task.preprocessing, labels=task.labels),
+        multilabel=material.multilabel,
+        checkpoints=True,
+        resume=resume,
+        data=fingerprint,
+        teacher=task.teacher,
+        taught=task.taught,
+    )
+    return fitted, val_set
+
+
+def checked_sets(task: Ready, recipe: Recipe, on_error: OnError) -> tuple[Dataset[Any], Dataset[Any]]:
+    """What is trained and scored on, after all that :func:`fit` would refuse: before a file is touched."""
+    with input_errors("augment"):
+        sets = task.material.datasets(recipe, task.preprocessing, on_error)
+    with input_errors("optimizer"):
+        build_optimizer(task.model, recipe.optimizer)  # fit builds its own
+    check_run(recipe, task.material.multilabel)
+    return sets
+
+
 def made_ready(recipe: Recipe, material: Material) -> Ready:
     """The model ``recipe`` asks for, its weights and its teacher, for ``material``.
 
@@ -179,7 +199,7 @@ def made_ready(recipe: Recipe, material: Material) -> Ready:
     assert preprocessing is not None, "a model of timm.create_model has a configuration"
     preprocessing = prepared(preprocessing, model, recipe, material)
     teacher = open_teacher(recipe, classes, preprocessing)
-    return Ready(model, preprocessing, material, classes, teacher, loaded, model_name(recipe))
+    return Ready(model, preprocessing, material, classes, teacher, loaded=loaded, name=model_name(recipe))
 
 
 @contextmanager

@@ -40,20 +40,19 @@ from tokenlearner.insertion.insert import insertion_of
 from tokenlearner.insertion.saving import save
 from tokenlearner.inspection.report import write_report
 from tokenlearner.inspection.summary import hardware, write_summary
-from tokenlearner.training.build import inserted_copy, start_maps
+from tokenlearner.training.build import inserted_copy
 from tokenlearner.training.distill import Taught
-from tokenlearner.training.fit import Fitted, Processes, check_run, fit
+from tokenlearner.training.fit import Fitted, Processes, fit
 from tokenlearner.training.losses import Targets
 from tokenlearner.training.material import Material
-from tokenlearner.training.optim import build_optimizer
 from tokenlearner.training.recipe import Recipe, check_recipe
 from tokenlearner.training.side_by_side import results_of
 from tokenlearner.training.train import (
     RECIPE,
     SUMMARY,
-    fingerprint_of,
-    input_errors,
-    prepare_output,
+    Ready,
+    checked_sets,
+    fit_ready,
     recipe_of_run,
     refuse_unfinished,
 )
@@ -73,9 +72,9 @@ class FeatureTaught(Taught):
     """Trained towards the features of the teacher alone. Logs ``val_cosine`` in place of an accuracy."""
 
     def __init__(self, model: nn.Module, recipe: Recipe, num_classes: int, **options: Any) -> None:
-        super().__init__(model, recipe, num_classes, **options)
+        super().__init__(model, recipe, 2, **options)  # the base class can't score a single one
         mixing = recipe.augment
-        self.targets = AnyTargets(num_classes, mixup=mixing.mixup, cutmix=mixing.cutmix)
+        self.targets = AnyTargets(2, mixup=mixing.mixup, cutmix=mixing.cutmix)
         self.score_name, self.score = "val_cosine", MeanMetric()
         self.features = torch.compile(features_of) if recipe.compile else features_of
 
@@ -132,7 +131,7 @@ def fit_features(
             val_set,
             recipe,
             folder,
-            num_classes=2,  # of the base class, which can't score a single one
+            num_classes=1,
             teacher=teacher,
             taught=FeatureTaught,
             **options,
@@ -269,36 +268,20 @@ def compress_unlabelled(
     elif is_first:
         refuse_unfinished(output)
     check_recipe(recipe)
-    check_run(recipe, multilabel=False)
     refuse_clips(model)
     student = inserted_copy(model, recipe, name)
     preprocessing = needed_preprocessing(model)
     projection = projection_for(model, preprocessing.model_input, class_embeddings)
     pictures = read_pictures(Path(data), recipe.held_out, recipe.seed)
-    with input_errors("augment"):
-        train_set, val_set = pictures.material.datasets(recipe, preprocessing, on_error)
-    with input_errors("optimizer"):
-        build_optimizer(student, recipe.optimizer)
+    spec: Any = insertion_of(student)
+    task = Ready(student, preprocessing, pictures.material, None, teacher=model, taught=FeatureTaught)
+    checked_sets(task, recipe, on_error)
     if is_first:
         if recipe.init is None:
             recipe = replace(recipe, init=str(save(model, output / "host")))
-        prepare_output(output, recipe, pictures.material, going_on)
-        spec: Any = insertion_of(student)
-    if not going_on:
-        start_maps(student, recipe, train_set)
-    log(f"{spec.describe()}; {recipe.epochs} epochs towards the features of {name}")
-    fitted = fit_features(
-        student,
-        model,
-        train_set,
-        val_set,
-        recipe,
-        output,
-        after_epoch=lambda: save(student, output, preprocessing=preprocessing),
-        checkpoints=True,
-        resume=going_on,
-        data=fingerprint_of(pictures.material),
-    )
+        log(f"{spec.describe()}; {recipe.epochs} epochs towards the features of {name}")
+    with heads_left_alone(student):
+        fitted, _ = fit_ready(task, recipe, output, on_error=on_error, resume=going_on)
     if not is_first:
         return {}
     compared = {"host": model, "untrained": inserted_copy(model, recipe, name), "trained": student}
@@ -308,11 +291,10 @@ def compress_unlabelled(
     batch = torch.randn(min(16, recipe.batch_size), *preprocessing.model_input)
     rows = {
         "host": Fitted(scores["host"].cosine, 0.0, [], (), METRIC),
-        "tokenlearner": replace(fitted, accuracy=scores["trained"].cosine),
+        "tokenlearner": replace(fitted, accuracy=scores["trained"].cosine, metric=METRIC),
     }
     results = results_of({"host": model, "tokenlearner": student}, rows, batch)
     seconds = time.perf_counter() - start
-    spec = insertion_of(student)
     write_report(
         output / "report.html",
         f"{name}, compressed",
