@@ -533,7 +533,7 @@ def test_compress_is_called_as_told_with_defaults_of_its_own(tmp_path, run, monk
         return {"models": [], "seconds": 1.0}
 
     monkeypatch.setattr("tokenlearner.training.compress.compress", compress)
-    monkeypatch.setattr("tokenlearner.cli.print_models", lambda summary, last: print(last))
+    monkeypatch.setattr("tokenlearner.cli.training.print_models", lambda summary, last: print(last))
     result = run(
         "compress", "a.pt", "photos", "--output", tmp_path, "--host", "test_vit", "--macs", "0.4", "--tokens", "4",
         "--optimizer.weight-decay", "0.1",

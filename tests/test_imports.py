@@ -120,9 +120,10 @@ def run(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 def test_training_needs_no_command_line_parser():
     parsers = {found.file for found in IMPORTS if found.target.split(".")[0] == "cyclopts"}
-    assert parsers == {"cli.py", "training/recipe_files.py"}
-    users = {(found.file, found.function) for found in IMPORTS if found.target == "tokenlearner.training.recipe_files"}
-    assert users == {("cli.py", ""), ("training/recipe.py", "load_recipe")}  # the latter inside the function
+    assert {file.split("/")[0] for file in parsers - {"training/recipe_files.py"}} == {"cli"}
+    assert "training/recipe_files.py" in parsers
+    users = {(found.part, found.function) for found in IMPORTS if found.target == "tokenlearner.training.recipe_files"}
+    assert users == {("cli", ""), ("training", "load_recipe")}  # the latter inside the function
 
 
 HEAVY = ["av", "torch", "timm", "torchvision", "numpy", "lightning", "torchmetrics", "cyclopts", "matplotlib", "einops"]

@@ -1,0 +1,202 @@
+"""Commands about models and data themselves: cost, paper, export, data."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from cyclopts import Parameter
+
+from tokenlearner.cli.options import Fuser, Json, Kind, Listed, app, input_shape
+from tokenlearner.cli.printing import print_table, show, warn_damaged, warn_missing
+from tokenlearner.data.listing import Listing
+from tokenlearner.errors import InputError
+from tokenlearner.training.recipe_files import AtArgument, CommandLineRecipe, plain_recipe
+
+
+@app.command
+def cost(
+    model: str,
+    *,
+    tokens: Annotated[int | None, Parameter(help="Count the timm model with a TokenLearner of so many tokens.")] = None,
+    at: AtArgument = 0.5,
+    kind: Kind = "mlp",
+    fuser: Fuser | None = None,
+    extra_layers: int = 0,
+    over: Literal["slice", "neighbours", "window"] = "slice",
+    window: int | None = None,
+    input_size: Annotated[
+        tuple[int, ...] | None,
+        Parameter(
+            help="Channels, (frames,) height, width, such as 3,32,224,224; the model's own when not given.",
+            converter=input_shape,
+            consume_multiple=True,
+        ),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Count parameters, MACs, FLOPs and tokens of a saved model or a timm name, layer by layer.
+
+    Example: `tokenlearner cost vit_base_patch16_224 --tokens 8 --at 0.5`
+    """
+    from tokenlearner.inspection.cost import cost as count
+
+    learned = {"at": at, "kind": kind, "fuser": fuser, "extra_layers": extra_layers, "over": over, "window": window}
+    built = open_model(model, tokens, learned)
+    try:
+        counted = count(built, input_size or own_input_size(built))
+    except ValueError as error:
+        raise InputError(str(error)) from error
+
+    def table() -> None:
+        rows = [
+            (
+                part.name,
+                "" if part.tokens is None else str(part.tokens),
+                f"{part.parameters:,}",
+                f"{part.macs / 1e6:,.1f}",
+            )
+            for part in counted.layers
+        ]
+        print_table(("part", "tokens", "parameters", "million MACs"), rows)
+        print(counted)
+
+    show(counted.to_dict(), json, table)
+
+
+@app.command
+def paper(*, json: Json = False) -> None:
+    """Show every printed cost of the paper's models and modules beside our count, and where it contradicts itself.
+
+    Example: `tokenlearner paper`
+    """
+    from tokenlearner.models import paper_rows
+
+    rows = paper_rows()
+
+    def table() -> None:
+        shown = [
+            (
+                row["table"],
+                row["name"],
+                f"{row['printed']:g}",
+                f"{row['counted']:.4g} {row['unit']}",
+                f"{row['ratio']:.3f}",
+                "" if row["fits"] else row["note"] or "does not fit",
+            )
+            for row in rows
+        ]
+        print_table(("table", "model", "printed", "counted", "ratio", "note"), shown)
+
+    show(rows, json, table)
+
+
+@app.command
+def export(
+    model: Path,
+    files: Annotated[
+        list[Path] | None, Parameter(consume_multiple=True, help="Pictures or videos to compare the two on.")
+    ] = None,
+    /,
+    *,
+    output: Annotated[Path, Parameter(help="Folder for the file and preprocessing.json.")],
+    format: Annotated[  # noqa: A002
+        Literal["onnx", "pt2"], Parameter(help="onnx, or PyTorch's exported program.")
+    ] = "onnx",
+    precision: Annotated[
+        Literal["fp32", "fp16"], Parameter(help="Of weights and arithmetic; inputs and outputs stay fp32.")
+    ] = "fp32",
+    opset: Annotated[int | None, Parameter(help="onnx: version of the operators, 18 to 25.")] = None,
+    measure: Annotated[bool, Parameter(help="Time the file beside that of the host without its TokenLearner.")] = True,
+    json: Json = False,
+) -> None:
+    """Write a trained model as one file that runs without this package, once it has been seen to compute the same.
+
+    MODEL is a saved folder, or the name of a model with weights. Example:
+    `tokenlearner export runs/photos --output runs/photos-onnx`
+    """
+    from tokenlearner.export import export_model
+    from tokenlearner.models import open_trained
+
+    report = sys.stderr if json else sys.stdout
+    summary = export_model(
+        open_trained(model),
+        output,
+        format=format,
+        precision=precision,
+        inputs=files,
+        opset=opset,
+        measure=measure,
+        log=lambda line: print(line, file=report, flush=True),
+    )
+    show(summary, json, lambda: print(f"{output / summary['file']}: {summary['bytes'] / 1e6:,.1f} MB"))
+
+
+@app.command(name="data")
+def show_data(
+    data: Path,
+    *,
+    output: Annotated[Path | None, Parameter(help="PNG file to draw the counts into.")] = None,
+    listed: Listed = Listing(),  # noqa: B008
+    json: Json = False,
+) -> None:
+    """Count what a set of pictures or videos holds: classes, clips, hours, sizes, rates and damaged files.
+
+    DATA is what `train` takes, or a folder of pictures or videos without classes. Every picture is decoded, of every
+    video the first frame. Example: `tokenlearner data videos --output videos.png`
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from tokenlearner.data.statistics import statistics
+
+    console = Console(stderr=True)
+    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("files", total=None)
+        document = statistics(
+            data, listing=listed, progress=lambda done, total: bar.update(task, completed=done, total=total)
+        )
+    if output is not None:
+        from tokenlearner.inspection.statistics import draw_statistics
+
+        draw_statistics(document, output)
+
+    def table() -> None:
+        from tokenlearner.data.statistics import table_rows
+
+        for columns, rows in table_rows(document):
+            print_table(columns, rows)
+        warn_damaged(document["damaged"])
+        warn_missing(document["missing"])
+        if output is not None:
+            print(f"drawn in {output}")
+
+    show(document, json, table)
+
+
+def open_model(name: str, tokens: int | None, learned: dict[str, Any]) -> Any:
+    """A saved folder, or a timm name built with new weights (cost reads none of them)."""
+    if Path(name).is_dir():
+        from tokenlearner.insertion.saving import load
+
+        if tokens is not None:
+            raise InputError(f"{name} is a saved model, so --tokens and what goes with it are already decided")
+        return load(name)
+    from tokenlearner.training.build import build_model
+
+    if os.sep in name:
+        raise InputError(f"there is no folder {name}; give a saved model's folder or a name of timm's")
+    given = [key for key in ("fuser", "extra_layers", "window") if learned[key]]
+    if tokens is None and (given or learned["over"] != "slice"):
+        raise InputError(
+            "--fuser, --extra-layers, --over and --window go with --tokens, which says that there is a TokenLearner"
+        )
+    recipe = CommandLineRecipe(model=name, tokens=tokens or 0, **learned)
+    return build_model(plain_recipe(recipe), num_classes=None, on="meta")
+
+
+def own_input_size(model: Any) -> tuple[int, ...]:
+    from tokenlearner.insertion.saving import Preprocessing
+
+    preprocessing = Preprocessing.of(model)
+    return preprocessing.model_input if preprocessing else (3, 224, 224)
