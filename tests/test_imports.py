@@ -48,7 +48,18 @@ def imports_in(file: Path) -> Iterator[Import]:
 
 IMPORTS = [found for file in sorted(SOURCE.rglob("*.py")) for found in imports_in(file)]
 
-EVERYTHING = {"core", "data", "errors", "evaluation", "export", "insertion", "inspection", "models", "training"}
+EVERYTHING = {
+    "core",
+    "data",
+    "errors",
+    "evaluation",
+    "export",
+    "insertion",
+    "inspection",
+    "models",
+    "study",
+    "training",
+}
 MAY_IMPORT = {
     "__init__": {"_torchvision", "core", "errors", "insertion", "inspection", "training"},
     "__main__": {"cli"},
@@ -57,12 +68,13 @@ MAY_IMPORT = {
     "core": set(),
     "data": {"errors", "insertion"},
     "errors": set(),
-    "evaluation": EVERYTHING - {"export"},
+    "evaluation": EVERYTHING - {"export", "study"},
     "export": {"data", "errors", "evaluation", "insertion", "inspection"},
     "insertion": {"core", "errors"},
     "inspection": {"core", "errors", "insertion"},
     "models": {"core", "errors", "insertion", "inspection"},  # whose cost counts the published models
-    "training": EVERYTHING - {"export"},
+    "study": EVERYTHING - {"export"},
+    "training": EVERYTHING - {"export", "study"},
 }
 NEEDS_ONLY = {
     "__init__": set(),
@@ -74,8 +86,8 @@ NEEDS_ONLY = {
 ONLY_IN = {
     "av": {"data"},
     "cyclopts": {"cli", "training"},  # and there in recipe_files.py alone, see below
-    "lightning": {"training", "evaluation"},
-    "matplotlib": {"inspection"},
+    "lightning": {"training", "evaluation", "study"},
+    "matplotlib": {"inspection", "study"},
     "rich": {"cli"},
     "torchmetrics": {"training", "evaluation"},
     "transformers": {"insertion"},  # and there in huggingface*.py alone, imported where transformers already is

@@ -70,7 +70,7 @@ EVERY_FIELD = Recipe(
     tensorboard=True,
     wandb=True,
     optimizer=OptimizerRecipe("lamb", 0.02, 0.03, (0.5, 0.6), 4.5, "linear", 1e-7, None, 0.75),
-    augment=AugmentRecipe("augmix", (0.1, 0.9), 0.25, 0.4, 0.35, 0.8, 0.9),
+    augment=AugmentRecipe("augmix", (0.1, 0.9), 0.25, 0.4, 0.35, 0.8, 0.9, "shifted"),
     clip=ClipRecipe(64, 6.5, 4, 300, (4, 3), "window", "Conv2D + TokenLearner"),
     distill=DistillRecipe("runs/teacher", 0.5, 0.25, 4.0, 2.0),
 )

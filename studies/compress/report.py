@@ -3,7 +3,7 @@
     python studies/compress/report.py --out runs/compress [runs/other]
 
 Every row of the table is one way to make the host cheaper: mean and sample deviation over the seeds, in points from the
-host, and the verdict on it beside TokenLearner with the same budget by the rule of ``studies/bookkeeping.py``.
+host, and the verdict on it beside TokenLearner with the same budget by the rule of ``tokenlearner.study``.
 """
 
 from __future__ import annotations
@@ -11,17 +11,14 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+from tokenlearner.study import RULE, compare, read_rows, write_rows
+
 import matplotlib as mpl
 from matplotlib.figure import Figure
-
-sys.path.append(str(Path(__file__).parents[1]))
-
-from bookkeeping import RULE, compare, read_rows, write_rows
 
 HERE = Path(__file__).parent
 LABELS = {

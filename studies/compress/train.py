@@ -29,13 +29,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import tokenlearner
+from tokenlearner.data.images import LabelledImages, scan_class_folders
 from tokenlearner.evaluation.accuracy import evaluate
 from tokenlearner.inspection.cost import cost
 from tokenlearner.inspection.speed import measure_speed
 from tokenlearner.inspection.summary import hardware
+from tokenlearner.study import git_commit, read_rows, write_rows
+from tokenlearner.study.pictures import InMemory, decoded
 from tokenlearner.training.build import start_maps
 from tokenlearner.training.fit import fit
-from tokenlearner.training.material import Material, read_material
 from tokenlearner.training.recipe import Recipe, load_recipe
 from tokenlearner.training.unlabelled import fit_features
 
@@ -43,10 +45,8 @@ import lightning as L
 import torch
 from torch import nn
 
-sys.path.append(str(Path(__file__).parents[1]))
 sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
 
-from bookkeeping import git_commit, read_rows, write_rows
 from peers import PEERS, at_latency, at_macs
 
 HERE = Path(__file__).parent
@@ -136,13 +136,25 @@ def recipe_of(run: Run, base: Recipe) -> Recipe:
     return recipe
 
 
-def do(run: Run, host: nn.Module, material: Material, out: Path) -> list[dict[str, Any]]:
+def in_memory(data: Path, host: Any) -> tuple[InMemory, InMemory]:
+    """The training and test pictures as ``crop: shifted`` prepares them, but moved over grey; decoded once."""
+    side, padding = host.preprocessing.input_size[1], host.preprocessing.input_size[1] // 8
+    mean, std = (torch.tensor(values)[:, None, None] for values in (host.preprocessing.mean, host.preprocessing.std))
+    parts = {padding: decoded(data / "train", side, None), 0: decoded(data / "val", side, None)}
+    assert all(list(classes) == list(host.label_names) for _, _, classes in parts.values())
+    train_set, val_set = (InMemory(x, labels, mean, std, moved) for moved, (x, labels, _) in parts.items())
+    return train_set, val_set
+
+
+def do(
+    run: Run, host: nn.Module, sets: tuple[InMemory, InMemory], test: LabelledImages, out: Path
+) -> list[dict[str, Any]]:
     """Trains and scores one model: its row, or for elastic tokens one for each number of them."""
     recipe = recipe_of(run, load_recipe(HERE / "recipe.yaml"))
     setting = setting_of(run, host, out)
     L.seed_everything(run.seed, workers=True, verbose=False)
     student, folder = made(run, host, setting), out / run.folder
-    train_set, val_set = material.datasets(recipe, host.preprocessing, "raise")
+    train_set, val_set = sets
     if run.method in OURS and run.method != "naive":
         start_maps(student, recipe, train_set)
     wall, cpu = time.perf_counter(), time.process_time()
@@ -161,7 +173,7 @@ def do(run: Run, host: nn.Module, material: Material, out: Path) -> list[dict[st
         if run.method == "elastic":
             tokenlearner.set_num_tokens(student, tokens)
         student.preprocessing, student.label_names = host.preprocessing, host.label_names
-        accuracy = evaluate(student, material.data.val, views=(1, 1), workers=0).top1
+        accuracy = evaluate(student, test, views=(1, 1), workers=0).top1
         speeds = measure_speed({"host": host, "it": student}, torch.randn(64, 3, 32, 32), rounds=15)
         rows.append(
             {
@@ -198,10 +210,10 @@ def main() -> None:
     command = shlex.join(["python", "studies/compress/train.py", *sys.argv[1:]])
     host: Any = tokenlearner.load(args.host)
     host_epochs = json.loads((args.host / "recipe.json").read_text())["epochs"]
-    material = read_material(args.data, Recipe(), classes=host.label_names)
+    test, sets = scan_class_folders(args.data / "val", host.label_names), in_memory(args.data, host)
     of_host = {
         "host": str(args.host),
-        "host_accuracy": round(evaluate(host, material.data.val, views=(1, 1), workers=0).top1, 4),
+        "host_accuracy": round(evaluate(host, test, views=(1, 1), workers=0).top1, 4),
         "host_epochs": host_epochs,
     }
     rows: list[dict[str, Any]] = list(read_rows(results))
@@ -209,8 +221,8 @@ def main() -> None:
     for run in runs(args.methods, args.seeds, args.budgets, host_epochs // 10, host_epochs):
         if run.folder in done:
             continue
-        commit = git_commit()
-        new = do(run, host, material, args.out)
+        commit = git_commit(HERE)
+        new = do(run, host, sets, test, args.out)
         about = {**of_host, "commit": commit, "command": command, "hardware": hardware(), "run": run.folder}
         rows = [*read_rows(results), *({**row, **about} for row in new)]  # another process may have added some
         write_rows(results, rows)

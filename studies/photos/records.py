@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
-sys.path.append(str(Path(__file__).parents[1]))
-
-from bookkeeping import REPOSITORY, RULE, compare, git_commit, read_rows, write_rows
 from recipes import Settings
 
-__all__ = ["REPOSITORY", "RULE", "compare", "git_commit", "read_rows", "read_settings", "write_rows"]
+REPOSITORY = Path(__file__).parents[2]
 
 
 def read_settings(path: Path) -> tuple[dict[str, Any], Settings]:

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenlearner
+from tokenlearner.study import RULE, compare, read_rows
 
 import matplotlib as mpl
 import safetensors
@@ -33,7 +34,7 @@ from torch import nn
 
 from photos import DATASETS, Augmentation, Batches, Images, load
 from recipes import MODELS, Settings
-from records import REPOSITORY, RULE, compare, read_rows, read_settings
+from records import REPOSITORY, read_settings
 
 HERE = Path(__file__).parent
 WEIGHTS = REPOSITORY / "src/tokenlearner/models/weights"

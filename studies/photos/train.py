@@ -40,6 +40,7 @@ from typing import Any
 
 import tokenlearner
 from tokenlearner.inspection.summary import hardware
+from tokenlearner.study import git_commit, read_rows, write_rows
 from tokenlearner.training.fit import quiet_lightning
 from tokenlearner.training.optim import build_optimizer, build_schedule
 from tokenlearner.training.recipe import OptimizerRecipe
@@ -58,7 +59,7 @@ from torch import Tensor, nn
 from photos import DATASETS, Augmentation, Batches, load
 from processes import in_process, stop_on_signals
 from recipes import MODELS, RECIPES, Settings
-from records import REPOSITORY, git_commit, read_rows, read_settings, write_rows
+from records import REPOSITORY, read_settings
 
 
 @dataclass(frozen=True)
@@ -293,7 +294,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, default=math.inf, help="give up runs that have not ended by then")
     parser.add_argument("--tune", action="store_true", help="score on photos held out of the training set, not on test")
     parser.add_argument("--limit", type=int, help="only so many photos of each set, to try the script")
-    parser.add_argument("--commit", default=git_commit(), help="of the code that is run")
+    parser.add_argument("--commit", default=git_commit(REPOSITORY), help="of the code that is run")
     changes = parser.add_argument_group("changes to the recipe")
     for field in fields(Settings):
         changes.add_argument(f"--{field.name.replace('_', '-')}", type=type(field.default))

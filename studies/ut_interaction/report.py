@@ -3,7 +3,7 @@
     python studies/ut_interaction/report.py --out runs/ut-interaction [--more runs/other] --data DIR
 
 A model's score is the mean of both directions, one number a seed; the verdict on a TokenLearner compares its three
-with those of its plain host by the rule of ``studies/bookkeeping.py``. Of the model with the best mean and of the
+with those of its plain host by the rule of ``tokenlearner.study``. Of the model with the best mean and of the
 TokenLearner with the best mean, the weights of the best run are kept, in fp16. What was written is read again and
 scored on the clips of the other set.
 """
@@ -13,26 +13,23 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 from pathlib import Path
 from typing import Any
 
 import tokenlearner
 from tokenlearner.data.annotations import read_clip_list
 from tokenlearner.evaluation.accuracy import evaluate
+from tokenlearner.study import RULE, compare, read_rows, write_rows
 
 import matplotlib as mpl
 import safetensors
 import safetensors.torch
 from matplotlib.figure import Figure
 
-sys.path.append(str(Path(__file__).parents[1]))
-
-from bookkeeping import REPOSITORY, RULE, compare, read_rows, write_rows
 from train import VIEWS, write_lists
 
 HERE = Path(__file__).parent
-WEIGHTS = REPOSITORY / "src/tokenlearner/models/weights"
+WEIGHTS = HERE.parents[1] / "src/tokenlearner/models/weights"
 LABELS = {
     "vivit": "ViViT",
     "vivit-tl8": "ViViT, 8 tokens a slice from ½ depth on",

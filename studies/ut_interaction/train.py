@@ -29,12 +29,9 @@ from tokenlearner.data.annotations import read_clip_list
 from tokenlearner.data.clip_sources import Listing
 from tokenlearner.evaluation.accuracy import evaluate
 from tokenlearner.inspection.summary import hardware
+from tokenlearner.study import git_commit, read_rows, write_rows
 from tokenlearner.training.recipe import load_recipe
 from tokenlearner.training.train import train
-
-sys.path.append(str(Path(__file__).parents[1]))
-
-from bookkeeping import git_commit, read_rows, write_rows
 
 HERE = Path(__file__).parent
 VIEWS = (2, 3)
@@ -123,7 +120,7 @@ def main() -> None:
             for model in args.models:
                 if (model, train_set, seed) in done:
                     continue
-                commit = git_commit()
+                commit = git_commit(HERE)
                 row = run(model, train_set, seed, args.data, args.out, args.epochs, args.fold)
                 rows.append({**row, "commit": commit, "command": command})
                 write_rows(results, rows)

@@ -10,7 +10,7 @@ from typing import Any
 from timm.data import create_transform
 from torch import nn
 from torch.utils.data import Dataset
-from torchvision.transforms import Compose, Grayscale
+from torchvision.transforms import Compose, Grayscale, RandomCrop
 
 from tokenlearner.data.clip_sources import ClipData, Listing, clip_name, holds_videos, read_clip_data
 from tokenlearner.data.clips import ClipFiles, EveryFrame
@@ -138,7 +138,10 @@ def prepared(preprocessing: Preprocessing, model: nn.Module, recipe: Recipe, mat
 
 
 def training_transform(preprocessing: Preprocessing, augment: AugmentRecipe) -> Any:
-    """timm's training transform: random crop, flip, policy, jitter, normalisation, erasing; grey for one channel."""
+    """timm's training transform: random crop, flip, policy, jitter, normalisation, erasing; grey for one channel.
+
+    A crop of kind ``shifted`` takes the place of timm's: what is evaluated, moved over black.
+    """
     transform = create_transform(
         input_size=preprocessing.input_size,
         is_training=True,
@@ -151,4 +154,16 @@ def training_transform(preprocessing: Preprocessing, augment: AugmentRecipe) -> 
         mean=preprocessing.mean,
         std=preprocessing.std,
     )
+    if augment.crop == "shifted":
+        height, width = preprocessing.input_size[1:]
+        as_evaluated = create_transform(
+            input_size=preprocessing.input_size,
+            interpolation=preprocessing.interpolation,
+            crop_pct=preprocessing.crop_pct,
+            crop_mode=preprocessing.crop_mode,
+            mean=preprocessing.mean,
+            normalize=False,
+        )
+        move = RandomCrop((height, width), padding=(width // 8, height // 8))
+        transform = Compose([*as_evaluated.transforms[:-1], move, *transform.transforms[1:]])
     return Compose([Grayscale(1), transform]) if preprocessing.input_size[0] == 1 else transform

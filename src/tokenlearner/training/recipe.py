@@ -47,6 +47,9 @@ class AugmentRecipe:
     """α of mixup; 0 for none. With cutmix too, every batch takes one of the two at random."""
     cutmix: float = 0.0
     """α of cutmix; 0 for none."""
+    crop: Literal["resized", "shifted"] = "resized"
+    """resized: scale's share of the picture, at full size. shifted: the picture as it is evaluated, moved by up to an
+    eighth of its sides."""
 
 
 @dataclass
@@ -159,6 +162,16 @@ class CompressOptimizer(OptimizerRecipe):
 
 
 @dataclass
+class CompressAugment(AugmentRecipe):
+    auto_augment: str | None = None
+    """timm's policy string; none for crops and flips only."""
+    color_jitter: float = 0.0
+    crop: Literal["resized", "shifted"] = "shifted"
+    """resized: scale's share of the picture, at full size. shifted: the picture as it is evaluated, moved by up to an
+    eighth of its sides."""
+
+
+@dataclass
 class CompressDistill(DistillRecipe):
     features: float = 1.0
     """Weight of 1 - cosine between the features that their heads read."""
@@ -175,6 +188,7 @@ class CompressRecipe(Recipe):
     epochs: int = 5
     label_smoothing: float = 0.0
     optimizer: CompressOptimizer = field(default_factory=CompressOptimizer)
+    augment: CompressAugment = field(default_factory=CompressAugment)
     distill: CompressDistill = field(default_factory=CompressDistill)
 
 

@@ -1,0 +1,66 @@
+"""Pictures of studies: bars and lines with the deviation over the seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+
+def draw_figure(
+    title: str, draws: Sequence[Callable[[Axes, dict[str, Any]], None]], summary: dict[str, Any], path: Path
+) -> None:
+    """A panel for each of ``draws``, side by side."""
+    with mpl.rc_context({"font.size": 10, "axes.spines.top": False, "axes.spines.right": False}):
+        figure = Figure(figsize=(8.0 if len(draws) == 1 else 5.5 * len(draws), 4.4), dpi=150, layout="constrained")
+        axes = figure.subplots(1, len(draws), squeeze=False)[0]
+        for axis, draw in zip(axes, draws):
+            draw(axis, summary)
+        axes[0].set_title(title, loc="left")
+        figure.savefig(path, metadata={"Software": None})
+
+
+def bars(axis: Axes, summary: Mapping[str, Any], ylabel: str = "accuracy, %") -> None:
+    """One bar a variant, the first of another colour, over an axis that starts a little below the lowest."""
+    variants = list(summary["variants"].values())
+    means = [v["mean"] for v in variants]
+    errors = [v["deviation"] or 0 for v in variants]
+    colours = ["0.6", *["tab:blue"] * (len(variants) - 1)]
+    axis.bar(range(len(variants)), means, yerr=errors, color=colours, capsize=3)
+    for i, (mean, error) in enumerate(zip(means, errors)):
+        axis.annotate(f"{mean:.1f}", (i, mean + error), ha="center", va="bottom", fontsize=8)
+    axis.set_xticks(range(len(variants)), [v["label"] for v in variants], rotation=30, ha="right", fontsize=8)
+    axis.set_ylim(max(0.0, min(means) - 0.15 * (max(means) - min(means)) - 3), max(means) + 3)
+    axis.set_ylabel(ylabel)
+
+
+def against(
+    axis: Axes,
+    summary: Mapping[str, Any],
+    series: Mapping[str, Sequence[tuple[float, str]]],
+    *,
+    xlabel: str,
+    ylabel: str = "accuracy, %",
+    level: str | None = None,
+) -> None:
+    """Lines through (x, variant) points, as far as these have been run; ``level`` is the variant of a dashed line."""
+    for name, points in series.items():
+        there = [(x, summary["variants"][variant]) for x, variant in points if variant in summary["variants"]]
+        axis.errorbar(
+            [x for x, _ in there],
+            [v["mean"] for _, v in there],
+            yerr=[v["deviation"] or 0 for _, v in there],
+            marker="o",
+            capsize=3,
+            label=name,
+        )
+    if level in summary["variants"]:
+        found = summary["variants"][level]
+        axis.axhline(found["mean"], color="0.4", linestyle="--", label=found["label"])
+    axis.set_xlabel(xlabel)
+    axis.set_ylabel(ylabel)
+    axis.legend(frameon=False, fontsize=8)

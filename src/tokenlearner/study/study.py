@@ -1,0 +1,260 @@
+"""What a study is, and how it is run: seed by seed, each run once, a row each."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.util
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from matplotlib.axes import Axes
+
+from tokenlearner.errors import InputError
+from tokenlearner.inspection.summary import hardware
+from tokenlearner.study.claims import RULE, Claim, compare
+from tokenlearner.study.figures import draw_figure
+from tokenlearner.study.rows import git_commit, read_rows, write_rows
+
+FOLDER = Path("studies")
+ROW = "row.json"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of a study: what differs, by what settings, with which seed, on which data, and a folder of its own, next
+    to those of all other runs."""
+
+    variant: Any
+    settings: Any
+    seed: int
+    data: Path
+    folder: Path
+    command: str = ""
+
+
+@dataclass(frozen=True)
+class Study:
+    """A question, and the runs that answer it.
+
+    ``run`` does one :class:`Job` and returns its numbers, ``score`` among them (a share is from 0 to 1). Two studies
+    whose ``run``, variant and settings are the same share that run. Variants and settings are dataclasses of plain
+    values; a variant has a ``label``.
+    """
+
+    title: str
+    question: str
+    run: Callable[[Job], Mapping[str, Any]]
+    variants: Callable[[Any], Mapping[str, Any]]
+    """By name, for the settings of a size; all are compared with the first."""
+    sizes: Mapping[str, Any]
+    draw: Callable[[Axes, dict[str, Any]], None] | Sequence[Callable[[Axes, dict[str, Any]], None]]
+    """Draws the summary that :func:`run_study` returns; of several, each has a panel."""
+    score: str = "accuracy"
+    unit: float = 100.0
+    """What a score is multiplied with in summary, figure and claims: 100 for a share in percent."""
+    claims: tuple[Claim, ...] = ()
+    same: tuple[str, ...] = ()
+    """Columns that all rows of a size must share, or their means would be of different things."""
+
+
+def open_study(name: str, folder: Path = FOLDER) -> Study:
+    """The study of ``folder/name.py``, or of the file ``name``.
+
+    Raises:
+        InputError: No such file, or one without a ``STUDY``.
+    """
+    path = Path(name) if name.endswith(".py") else folder / f"{name}.py"
+    if not path.is_file():
+        known = ", ".join(studies_in(folder)) or f"none: there is no folder {folder}; give a checkout's with --studies"
+        raise InputError(f"there is no study {path}; there are: {known}")
+    spec = importlib.util.spec_from_file_location(f"tokenlearner_study_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # its dataclasses look it up there
+    spec.loader.exec_module(module)
+    study = getattr(module, "STUDY", None)
+    if not isinstance(study, Study):
+        raise InputError(f"{path} is no study: it names no STUDY of tokenlearner.study.Study")
+    return study
+
+
+def studies_in(folder: Path) -> list[str]:
+    return sorted(path.stem for path in folder.glob("*.py") if "STUDY = " in path.read_text(encoding="utf-8"))
+
+
+def run_study(
+    name: str,
+    study: Study,
+    data: Path,
+    output: Path,
+    *,
+    size: str = "cpu",
+    seeds: Sequence[int] = (0, 1, 2),
+    only: Sequence[str] = (),
+    runs: Path = Path("runs/studies"),
+    command: str = "",
+    log: Callable[[str], object] = print,
+) -> dict[str, Any]:
+    """Does the runs that ``runs`` has not yet, and writes ``name.csv``, ``name.json`` and ``name.png`` to ``output``;
+    of a size but the first ``name-size.json`` and ``name-size.png``.
+
+    Stopped at any moment, the same call goes on. ``only`` names the variants to run; the others stay as they are.
+
+    Raises:
+        InputError: No such size or variant, no such folder, a row that differs in what all must share, or what the runs
+            refuse.
+    """
+    if size not in study.sizes:
+        raise InputError(f"{name} has no size {size!r}; it has {', '.join(study.sizes)}")
+    settings = study.sizes[size]
+    variants = study.variants(settings)
+    if unknown := [variant for variant in only if variant not in variants]:
+        raise InputError(f"{name} has no variant {unknown[0]!r}; it has {', '.join(variants)}")
+    if not data.is_dir():
+        raise InputError(f"there is no folder {data} of data")
+    output.mkdir(parents=True, exist_ok=True)
+    path = output / f"{name}.csv"
+    for seed in seeds:
+        for variant, what in variants.items():
+            if (only and variant not in only) or _has(read_rows(path), variant, seed, size):
+                continue
+            folder = runs / key_of(study.run, what, settings, seed)
+            numbers = done_once(study.run, Job(what, settings, seed, data, folder, command))
+            row = {"variant": variant, "label": what.label, "seed": seed, "size": size, **numbers}
+            rows = read_rows(path)  # another process may have added some
+            if not _has(rows, variant, seed, size):
+                _refuse_different(name, study, rows, row)
+                write_rows(path, [*rows, row])
+            log(f"{name}, {what.label}, seed {seed}: {study.score} {numbers[study.score]:.4f}")
+    return write_up(name, study, read_rows(path), output, size)
+
+
+def _has(rows: Sequence[Mapping[str, str]], variant: str, seed: int, size: str) -> bool:
+    return any((row["variant"], row["seed"], row["size"]) == (variant, str(seed), size) for row in rows)
+
+
+def _refuse_different(name: str, study: Study, rows: Sequence[Mapping[str, str]], row: Mapping[str, Any]) -> None:
+    for column in study.same:
+        others = sorted({other[column] for other in rows if other["size"] == row["size"]} - {str(row[column])})
+        if others:
+            raise InputError(
+                f"{name}: {column} is {row[column]} for {row['label']}, seed {row['seed']}, and {others[0]} in the rows "
+                "there are: give the same --data, or start over with another --output and --runs"
+            )
+
+
+def key_of(run: Callable[[Job], Mapping[str, Any]], variant: Any, settings: Any, seed: int) -> str:
+    """A folder's name for a run: the same for the same run in any study, whatever the variant is called."""
+    content: dict[str, Any] = {"v": asdict(variant), "s": asdict(settings)}
+    content["v"].pop("label", None)
+    content |= {"run": f"{run.__module__}.{run.__qualname__}", "seed": seed}
+    digest = hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+    return f"{run.__name__}-{digest[:12]}-{seed}"
+
+
+def done_once(run: Callable[[Job], Mapping[str, Any]], job: Job) -> dict[str, Any]:
+    """The row of ``job``, done now unless its folder has it."""
+    file = job.folder / ROW
+    if file.is_file():
+        return json.loads(file.read_text())
+    job.folder.mkdir(parents=True, exist_ok=True)
+    wall, cpu, commit = time.perf_counter(), time.process_time(), git_commit(Path.cwd())
+    numbers = dict(run(job))
+    row = {
+        **numbers,
+        "seconds": round(time.perf_counter() - wall, 1),
+        "cpu_seconds": round(time.process_time() - cpu, 1),
+        "commit": commit,
+        "command": job.command,
+        "hardware": hardware(),
+    }
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(row, indent=1) + "\n")
+    temporary.replace(file)
+    return row
+
+
+def built_upon(
+    job: Job, run: Callable[[Job], Mapping[str, Any]], variant: Any, settings: Any
+) -> tuple[Job, dict[str, Any]]:
+    """The run that ``job`` starts from, which may be another study's too: its job and its row, done now unless it is
+    there."""
+    folder = job.folder.parent / key_of(run, variant, settings, job.seed)
+    other = replace(job, variant=variant, settings=settings, folder=folder)
+    return other, done_once(run, other)
+
+
+def write_up(name: str, study: Study, rows: Sequence[Mapping[str, str]], output: Path, size: str) -> dict[str, Any]:
+    """The summary of a size's ``rows``, written and drawn."""
+    summary = summarise(name, study, rows, size)
+    stem = name if size == next(iter(study.sizes)) else f"{name}-{size}"
+    if summary["variants"]:
+        draws = study.draw if isinstance(study.draw, Sequence) else (study.draw,)
+        draw_figure(study.title, draws, summary, output / f"{stem}.png")
+    (output / f"{stem}.json").write_text(json.dumps(summary, indent=1) + "\n")
+    return summary
+
+
+def summarise(name: str, study: Study, rows: Sequence[Mapping[str, str]], size: str) -> dict[str, Any]:
+    """Mean and deviation of every variant, beside the first, and the claims judged."""
+    chosen = [row for row in rows if row["size"] == size]
+    scores = scores_of(chosen, study, study.score, size)
+    first = next(iter(scores), None)
+    return {
+        "study": name,
+        "title": study.title,
+        "question": study.question,
+        "size": size,
+        "score": study.score,
+        "unit": study.unit,
+        "rule": RULE,
+        "hardware": sorted({row["hardware"] for row in chosen}),
+        "variants": {
+            variant: {
+                **numbers_of([row for row in chosen if row["variant"] == variant]),
+                "runs": len(values),
+                "mean": round(statistics.mean(values), 2),
+                "deviation": round(statistics.stdev(values), 2) if len(values) > 1 else None,
+                "against_first": compare(values, scores[first]) if first and variant != first else None,
+            }
+            for variant, values in scores.items()
+        },
+        "claims": [
+            _judged(claim, scores_of(chosen, study, claim.score or study.score, size)) for claim in study.claims
+        ],
+    }
+
+
+def _judged(claim: Claim, scores: Mapping[str, list[float]]) -> dict[str, Any]:
+    sides = [[round(score, 4) for score in scores.get(variant, [])] for variant in (claim.first, claim.second)]
+    return {**asdict(claim), "rule": claim.rule, "scores": sides, **claim.judge(scores)}
+
+
+def scores_of(rows: Sequence[Mapping[str, str]], study: Study, column: str, size: str) -> dict[str, list[float]]:
+    """By variant, of those that have been run, in the study's order."""
+    unit = study.unit if column == study.score else 1.0
+    found = {
+        variant: [unit * float(row[column]) for row in rows if row["variant"] == variant]
+        for variant in study.variants(study.sizes[size])
+    }
+    return {variant: values for variant, values in found.items() if values}
+
+
+def numbers_of(rows: Sequence[Mapping[str, str]]) -> dict[str, Any]:
+    """Label, and the numbers that all ``rows`` of a variant share (MACs, parameters), or else their median."""
+    found: dict[str, Any] = {"label": rows[0]["label"]}
+    for column in rows[0]:
+        if column in ("variant", "label", "seed", "size", "commit", "command", "hardware"):
+            continue
+        try:
+            found[column] = statistics.median(float(row[column]) for row in rows)
+        except (ValueError, KeyError):
+            found[column] = rows[0][column]
+    return found
