@@ -26,7 +26,8 @@ from tokenlearner.cli import main
 from tokenlearner.inspection.summary import ModelResult, write_summary
 from tokenlearner.training.recipe import CompressOptimizer, CompressRecipe, Recipe
 
-COMMANDS = ("demo", "train", "compress", "shards", "evaluate", "predict", "cost", "maps", "paper", "data", "export")
+RUNNING = ("demo", "train", "compress", "evaluate", "predict", "maps", "tokens", "export", "study")
+COMMANDS = (*RUNNING, "shards", "cost", "bench", "paper", "data")
 COLOURS = {"red": (210, 40, 40), "blue": (40, 60, 210)}
 TINY = ("--model", "test_vit", "--image-size", "32", "--tokens", "2", "--batch-size", "8", "--workers", "0")
 

@@ -13,9 +13,9 @@ from torch import nn
 
 from tokenlearner.data.images import scan_class_folders
 from tokenlearner.errors import InputError
-from tokenlearner.evaluation.accuracy import usable_device
 from tokenlearner.evaluation.fewshot import few_shot
 from tokenlearner.evaluation.protocols import score
+from tokenlearner.inspection.speed import usable_device
 
 NAMES = ("walrus", "ant", "zebra")
 PROTOCOLS = ("top1", "map", "real", "fewshot")

@@ -9,7 +9,14 @@ from collections.abc import Sequence
 
 from cyclopts import CycloptsError
 
-from tokenlearner.cli import looking, scoring, studying, training  # noqa: F401 - they add their commands to app
+from tokenlearner.cli import (  # noqa: F401 - they add their commands to app
+    looking,
+    measuring,
+    scoring,
+    streaming,
+    studying,
+    training,
+)
 from tokenlearner.cli.options import app
 from tokenlearner.errors import InputError
 from tokenlearner.training.recipe_files import config_reader

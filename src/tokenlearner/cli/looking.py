@@ -1,38 +1,24 @@
 """Commands about models and data themselves: cost, paper, export, data."""
 
-import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from cyclopts import Parameter
 
-from tokenlearner.cli.options import Fuser, Json, Kind, Listed, app, input_shape
+from tokenlearner.cli.opening import InputSize, Learned, LearnedOptions, open_model, own_input_size
+from tokenlearner.cli.options import Json, Listed, app
 from tokenlearner.cli.printing import print_table, show, warn_damaged, warn_missing
 from tokenlearner.data.listing import Listing
 from tokenlearner.errors import InputError
-from tokenlearner.training.recipe_files import AtArgument, CommandLineRecipe, plain_recipe
 
 
 @app.command
 def cost(
     model: str,
     *,
-    tokens: Annotated[int | None, Parameter(help="Count the timm model with a TokenLearner of so many tokens.")] = None,
-    at: AtArgument = 0.5,
-    kind: Kind = "mlp",
-    fuser: Fuser | None = None,
-    extra_layers: int = 0,
-    over: Literal["slice", "neighbours", "window"] = "slice",
-    window: int | None = None,
-    input_size: Annotated[
-        tuple[int, ...] | None,
-        Parameter(
-            help="Channels, (frames,) height, width, such as 3,32,224,224; the model's own when not given.",
-            converter=input_shape,
-            consume_multiple=True,
-        ),
-    ] = None,
+    learned: LearnedOptions = Learned(),  # noqa: B008
+    input_size: InputSize = None,
     json: Json = False,
 ) -> None:
     """Count parameters, MACs, FLOPs and tokens of a saved model or a timm name, layer by layer.
@@ -41,8 +27,7 @@ def cost(
     """
     from tokenlearner.inspection.cost import cost as count
 
-    learned = {"at": at, "kind": kind, "fuser": fuser, "extra_layers": extra_layers, "over": over, "window": window}
-    built = open_model(model, tokens, learned)
+    built = open_model(model, learned, on="meta")
     try:
         counted = count(built, input_size or own_input_size(built))
     except ValueError as error:
@@ -172,31 +157,3 @@ def show_data(
             print(f"drawn in {output}")
 
     show(document, json, table)
-
-
-def open_model(name: str, tokens: int | None, learned: dict[str, Any]) -> Any:
-    """A saved folder, or a timm name built with new weights (cost reads none of them)."""
-    if Path(name).is_dir():
-        from tokenlearner.insertion.saving import load
-
-        if tokens is not None:
-            raise InputError(f"{name} is a saved model, so --tokens and what goes with it are already decided")
-        return load(name)
-    from tokenlearner.training.build import build_model
-
-    if os.sep in name:
-        raise InputError(f"there is no folder {name}; give a saved model's folder or a name of timm's")
-    given = [key for key in ("fuser", "extra_layers", "window") if learned[key]]
-    if tokens is None and (given or learned["over"] != "slice"):
-        raise InputError(
-            "--fuser, --extra-layers, --over and --window go with --tokens, which says that there is a TokenLearner"
-        )
-    recipe = CommandLineRecipe(model=name, tokens=tokens or 0, **learned)
-    return build_model(plain_recipe(recipe), num_classes=None, on="meta")
-
-
-def own_input_size(model: Any) -> tuple[int, ...]:
-    from tokenlearner.insertion.saving import Preprocessing
-
-    preprocessing = Preprocessing.of(model)
-    return preprocessing.model_input if preprocessing else (3, 224, 224)

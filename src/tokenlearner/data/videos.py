@@ -128,13 +128,13 @@ def read_clip(
     source = source if isinstance(source, FrameFolder) else Path(source)
     if short_side is not None and short_side < 1:
         raise InputError(f"short_side is {short_side}: give pixels, at least 1")
-    with _named(source):
+    with named(source):
         if isinstance(source, FrameFolder):
             return _read_folder(source, times, short_side)
         with VideoFile(source) as video:
             wanted = _checked(times(video.duration) if callable(times) else times)
-            convert = _Converter(short_side)
-            return _stacked(wanted, (convert(shown) for shown in _shown_at(video, sorted(wanted))))
+            convert = Converter(short_side)
+            return _stacked(wanted, (convert(shown) for shown in shown_at(video, sorted(wanted))))
 
 
 def probe(source: VideoSource | str) -> VideoInfo:
@@ -143,7 +143,7 @@ def probe(source: VideoSource | str) -> VideoInfo:
     ``DamagedVideo`` as from ``read_clip``.
     """
     source = source if isinstance(source, FrameFolder) else Path(source)
-    with _named(source):
+    with named(source):
         if isinstance(source, FrameFolder):
             files = _listed(source)
             width, height = decode_image(files[0]).size
@@ -152,13 +152,13 @@ def probe(source: VideoSource | str) -> VideoInfo:
             first = next(video.frames(0.0), None)
             if first is None:
                 raise RefusedError("holds no frame that can be decoded")
-            height, width = _Converter(None)(first[1]).shape[:2]
+            height, width = Converter(None)(first[1]).shape[:2]
             frames = video.count()
             return VideoInfo(video.duration, frames, video.fps or frames / video.duration, width, height)
 
 
 @contextmanager
-def _named(source: VideoSource) -> Iterator[None]:
+def named(source: VideoSource) -> Iterator[None]:
     """Every failure to decode, as a ``DamagedVideo`` of this file."""
     try:
         yield
@@ -234,14 +234,14 @@ def _check_reached(first: float, end: float) -> None:
 # ---- video files
 
 
-def _shown_at(video: VideoFile, wanted: list[float]) -> Iterator[VideoFrame]:
+def shown_at(video: VideoFile, wanted: list[float]) -> Iterator[VideoFrame]:
     """The frame shown at each of the times, which ascend."""
     position, key = 0, -math.inf
     shown: tuple[float, VideoFrame] | None = None
     frames = video.frames(wanted[0])
     while (following := next(frames, None)) is not None:
         while shown is not None and wanted[position] + TOLERANCE < following[0]:
-            yield _sound(shown)
+            yield sound_frame(shown)
             position += 1
             if position == len(wanted):
                 return
@@ -257,16 +257,16 @@ def _shown_at(video: VideoFile, wanted: list[float]) -> Iterator[VideoFrame]:
     if position == 0:
         _check_reached(wanted[0], end)
     for _ in wanted[position:]:
-        yield _sound(shown)
+        yield sound_frame(shown)
 
 
-def _sound(shown: tuple[float, VideoFrame]) -> VideoFrame:
+def sound_frame(shown: tuple[float, VideoFrame]) -> VideoFrame:
     if shown[1].is_corrupt:
         raise RefusedError(f"the frame at {shown[0]:.2f} s is damaged")
     return shown[1]
 
 
-class _Converter:
+class Converter:
     """Frames as upright RGB arrays (h, w, 3), all of the size the first one gets."""
 
     def __init__(self, short_side: int | None) -> None:

@@ -35,6 +35,7 @@ from tokenlearner.evaluation.clips import (
     what_training_held_out,
 )
 from tokenlearner.insertion.saving import Preprocessing
+from tokenlearner.inspection.speed import usable_device
 
 
 @dataclass(frozen=True)
@@ -184,27 +185,6 @@ def class_labels(images: LabelledImages | LabelledClips) -> Sequence[int]:
     if images.multilabel:
         raise InputError("an image may have several classes here, so there is no top-1: score with --protocol map")
     return cast("Sequence[int]", images.labels)
-
-
-def usable_device(device: str | torch.device) -> torch.device:
-    """The device of that name; "auto" is CUDA's current device if there is one, else the CPU.
-
-    Raises:
-        InputError: There is no such device.
-    """
-    if device == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        wanted = torch.device(device)
-    except RuntimeError as error:
-        raise InputError(f"{device!r} is not the name of a device: give auto, cpu, cuda or, say, cuda:1") from error
-    if wanted.type == "cpu":
-        return wanted
-    accelerator = torch.accelerator.current_accelerator(check_available=True)
-    count = torch.accelerator.device_count() if accelerator and accelerator.type == wanted.type else 0
-    if (wanted.index or 0) >= count:
-        raise InputError(f"there is no device {wanted} here: torch sees {count} of type {wanted.type}")
-    return wanted
 
 
 def nothing_decoded(damaged: Sequence[Damaged]) -> InputError:

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 from tokenlearner.data.images import Damaged, LabelledImages, OnError, damaged_entries
 from tokenlearner.errors import InputError
-from tokenlearner.evaluation.accuracy import batches_of, class_labels, nothing_decoded, usable_device
+from tokenlearner.evaluation.accuracy import batches_of, class_labels, nothing_decoded
 from tokenlearner.evaluation.features import features_of
+from tokenlearner.inspection.speed import usable_device
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,9 @@ from torchmetrics.utilities import dim_zero_cat
 from tokenlearner.data.clips import LabelledClips
 from tokenlearner.data.images import Damaged, LabelledImages, OnError, damaged_entries
 from tokenlearner.errors import InputError
-from tokenlearner.evaluation.accuracy import batches_of, counted, nothing_decoded, usable_device
+from tokenlearner.evaluation.accuracy import batches_of, counted, nothing_decoded
 from tokenlearner.evaluation.clips import VIEWS, Views, logits_of
+from tokenlearner.inspection.speed import usable_device
 
 
 @dataclass(frozen=True)

@@ -13,11 +13,12 @@ from tokenlearner.data.clips import LabelledClips
 from tokenlearner.data.images import OnError, find_images
 from tokenlearner.data.sources import read_parts
 from tokenlearner.errors import InputError
-from tokenlearner.evaluation.accuracy import Images, check_inputs, evaluate, images_to_score, usable_device
+from tokenlearner.evaluation.accuracy import Images, check_inputs, evaluate, images_to_score
 from tokenlearner.evaluation.clips import VIEWS, Views, clips_to_score, takes_clips
 from tokenlearner.evaluation.fewshot import few_shot
 from tokenlearner.evaluation.multilabel import evaluate_multilabel
 from tokenlearner.evaluation.real import evaluate_real, read_real_labels
+from tokenlearner.inspection.speed import usable_device
 
 Protocol = Literal["top1", "map", "real", "fewshot"]
 

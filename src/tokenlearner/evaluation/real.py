@@ -17,8 +17,8 @@ from torch import nn
 
 from tokenlearner.data.images import Damaged, OnError, damaged_entries
 from tokenlearner.errors import InputError
-from tokenlearner.evaluation.accuracy import usable_device
 from tokenlearner.evaluation.predict import batches
+from tokenlearner.inspection.speed import usable_device
 
 _NAME = re.compile(r"ILSVRC2012_val_(\d{8})(?:[._]|$)")  # some copies append _n01440764
 

@@ -1,0 +1,151 @@
+"""docs/performance.md, out of what benchmarks/performance.py measured."""
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from tokenlearner.inspection.summary import count
+
+from performance import AGAIN, LEARNED, OUTPUTS, PLANS, Case
+
+# Realised fractions we ask of ourselves, eager and in float32 on a CPU, by batch size.
+TARGETS = {8: 0.97, 1: 0.92}
+
+HEADER = """# Is a MAC saved a microsecond saved?
+
+Written by `python benchmarks/performance.py report`. `tokenlearner bench` measures the same of any models on your
+machine.
+
+**Method.** Host and variant run in turns in one process, every other round in the opposite order, after a warm-up; a
+GPU is waited for before the clock is read. The speed-up is the median over rounds of both speeds in the same round, so
+that a machine that slows down slows both; its quartiles are in brackets. **Realised** is the speed-up divided by the
+MAC ratio: 1 where time falls as MACs do. A host that is slow by itself would flatter every variant, so every round also
+times a large matrix product, and *of matmul rate* is the share of its MACs a second that the model reaches. The peers
+have about the MACs of 8 tokens at ½. All weights are random; what a variant does to accuracy is not the question here.
+*Peak memory* is what a pass allocates beyond weights and input. Where "the host again" is not 1.00, so much of any
+other number is noise.
+"""
+
+COLUMNS = (
+    *("model", "setting", "GMACs", "{inputs}/s", "speed-up", "MAC ratio", "realised", "of matmul rate", "peak memory"),
+    "latency at 1",
+)
+
+
+def write_report(path: Path, outputs: Mapping[str, Path] = OUTPUTS) -> None:
+    path.write_text("\n".join([HEADER, *(line for plan in outputs for line in section(plan, outputs[plan]))]))
+
+
+def section(plan: str, measured: Path) -> Iterator[str]:
+    yield f"## On a {plan.upper()}\n"
+    if not measured.exists():
+        names = "; ".join(f"{case.name}, batch {_listed(case.batch_sizes)}" for case in PLANS[plan])
+        yield f"Not run on a {plan.upper()}. Ready, as `python benchmarks/performance.py {plan}`: {names}.\n"
+        return
+    document = json.loads(measured.read_text(encoding="utf-8"))
+    rows = {(row["case"], row["variant"]): row for row in document["rows"]}
+    commits, loads = sorted({row["commit"] for row in rows.values()}), [row["load_before"] for row in rows.values()]
+    yield (
+        f"{document['hardware']}; torch {document['torch']}, timm {document['timm']}; commit {_listed(commits)}; by "
+        f"`{document['command']}`. Load of the machine before a row: {min(loads):.1f} to {max(loads):.1f}.\n"
+    )
+    if plan == "cpu":
+        yield from against_targets(rows)
+    for case in PLANS[plan]:
+        yield from of_case(case, rows)
+
+
+def against_targets(rows: Mapping[tuple[str, str], Mapping[str, Any]]) -> Iterator[str]:
+    yield from _head(("host", "batch", "realised", "target", "", "the host again", "host, of matmul rate"))
+    for case in (case for case in PLANS["cpu"] if case.has_parts):
+        learned, again = rows.get((case.name, LEARNED)), rows.get((case.name, AGAIN))
+        for i, size in enumerate(case.batch_sizes):
+            target = TARGETS[size]
+            if learned is None:
+                yield _line((case.name, size, "not run", target, "", "", ""))
+                continue
+            realised = learned["measured"][i]["realised"]
+            verdict = "met" if realised >= target else f"missed by {target - realised:.3f}"
+            control = f"{again['measured'][i]['speedup']:.3f}" if again else "not run"
+            rate = f"{learned['host'][i]['matmul_share']:.0%}"
+            yield _line((case.name, size, f"{realised:.3f}", target, verdict, control, rate))
+    yield ""
+
+
+def of_case(case: Case, rows: Mapping[tuple[str, str], Mapping[str, Any]]) -> Iterator[str]:
+    found = {name: rows[case.name, name] for name in case.variants if (case.name, name) in rows}
+    inputs = "images" if len(case.size) == 3 else "clips"
+    yield f"### {case.name}\n"
+    if not found:
+        yield "Not run.\n"
+        return
+    how = {"device": "cpu", "precision": "float32", "compiled": False, "mode": "forward", **case.conditions}
+    step = "training steps" if how["mode"] == "train" else "forward passes"
+    yield f"`{case.host}`, {step} in {how['precision']}, {'compiled' if how['compiled'] else 'eager'}.\n"
+    hosts = found.get(LEARNED, next(iter(found.values())))["host"]
+    for i, size in enumerate(case.batch_sizes):
+        yield f"Batch {size}:\n"
+        yield from _head(column.format(inputs=inputs) for column in COLUMNS)
+        yield _line(("host", "", *cells(hosts[i])))
+        for name in case.variants:
+            row = found.get(name)
+            yield _line((name, row["setting"], *cells(row["measured"][i])) if row else (name, "not run", *[""] * 8))
+        yield ""
+        if "parts" in found.get(LEARNED, {}):
+            yield from where_time_goes(found[LEARNED]["parts"][i], size)
+
+
+def cells(entry: Mapping[str, Any]) -> tuple[str, ...]:
+    low, high = entry["speedup_quartiles"]
+    return (
+        f"{entry['macs'] / 1e9:.2f}",
+        f"{entry['images_per_second']:.4g}",
+        f"{entry['speedup']:.2f}× ({low:.2f}–{high:.2f})",
+        f"{entry['mac_ratio']:.2f}×",
+        f"{entry['realised']:.2f}",
+        f"{entry['matmul_share']:.0%}",
+        "" if entry["peak_memory"] is None else f"{count(entry['peak_memory'])}B",
+        "" if entry["latency"] is None else f"{1e3 * entry['latency']:.3g} ms",
+    )
+
+
+def where_time_goes(parts: Sequence[Mapping[str, Any]], batch_size: int) -> Iterator[str]:
+    """The floor, each part's MACs at the host's own mean rate, beside what it took."""
+    host_macs, host_seconds = (sum(part[key][0] for part in parts) for key in ("macs", "seconds"))
+    whole = sum(part["seconds"][1] for part in parts)
+    yield f"Where the pass with {LEARNED} goes; its floor is the host's own mean MACs a second:\n"
+    yield from _head(("part", "GMACs", "host, ms", "floor, ms", "measured, ms", "above the floor"))
+    labels = {"before": "up to the learner", "learning": "learning the tokens", "after": "from there on"}
+    above = {}
+    for part in parts:
+        floor = part["macs"][1] * host_seconds / host_macs
+        plain, taken = part["seconds"]
+        above[labels[part["part"]]] = taken - floor
+        yield _line(
+            (
+                labels[part["part"]],
+                f"{part['macs'][1] * batch_size / 1e9:.2f}",
+                f"{1e3 * plain:.2f}" if part["part"] != "learning" else "",
+                f"{1e3 * floor:.2f}",
+                f"{1e3 * taken:.2f}",
+                f"{(taken - floor) / whole:+.1%} of the pass",
+            )
+        )
+    realised, most = 1 - sum(above.values()) / whole, max(above, key=above.__getitem__)
+    yield f"\nIn these passes {realised:.3f} is realised; the last column adds up to the rest, most of it {most}.\n"
+
+
+def _head(columns: Any) -> Iterator[str]:
+    titles = list(columns)
+    yield _line(titles)
+    yield _line(["---"] * len(titles))
+
+
+def _line(cells: Any) -> str:
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def _listed(items: Sequence[Any]) -> str:
+    *most, last = map(str, items)
+    return f"{', '.join(most)} and {last}" if most else last
