@@ -71,6 +71,7 @@ MAY_IMPORT = {
     "evaluation": EVERYTHING - {"export", "study"},
     "export": {"data", "errors", "evaluation", "insertion", "inspection"},
     "insertion": {"core", "errors"},
+    "kernels": {"core", "errors"},
     "inspection": {"core", "errors", "insertion"},
     "models": {"core", "errors", "insertion", "inspection"},  # whose cost counts the published models
     "study": EVERYTHING - {"export"},
@@ -82,6 +83,7 @@ NEEDS_ONLY = {
     "core": {"torch", "einops", "jaxtyping"},
     "errors": set(),
     "insertion": {"torch", "torchvision", "einops", "jaxtyping", "timm", "safetensors"},
+    "kernels": {"torch", "jaxtyping", "triton"},
 }
 ONLY_IN = {
     "av": {"data"},
@@ -90,6 +92,7 @@ ONLY_IN = {
     "matplotlib": {"inspection", "study"},
     "rich": {"cli"},
     "torchmetrics": {"training", "evaluation"},
+    "triton": {"kernels"},  # imported when a kernel runs
     "transformers": {"insertion"},  # and there in huggingface*.py alone, imported where transformers already is
 }
 

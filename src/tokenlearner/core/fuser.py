@@ -7,6 +7,7 @@ All three take the tokens a layer produced and the feature map X that entered it
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -42,6 +43,9 @@ class TokenFuser(nn.Module):
     used_tokens: int | None = None
     """How many tokens of a frame, the first of ``num_tokens``, come: :func:`tokenlearner.set_num_tokens` sets it. None
     for all."""
+
+    _kernel: Callable[[TokenFuser, Tensor, Tensor, bool], Tensor | None] | None = None
+    """What fuses a feature map and mixed tokens instead, unless it gives None: ``tokenlearner.kernels.use`` sets it."""
 
     def __init__(
         self,
@@ -91,8 +95,11 @@ class TokenFuser(nn.Module):
         Y = self._mixed(self.norm1(tokens).transpose(1, 2)).transpose(1, 2)
         Y = rearrange(self.norm2(Y), "b (t s) d -> (b t) s d", t=frames)
         X = x if self.num_frames is None else x.flatten(0, 1)
+        residual = self.residual if residual is None else residual
+        if self._kernel is not None and (fused := self._kernel(self, X, Y, residual)) is not None:
+            return fused.reshape(x.shape)
         out = spread(self.beta(X, self.used_tokens).sigmoid(), Y).reshape(x.shape).to(x.dtype)
-        return x + out if (self.residual if residual is None else residual) else out
+        return x + out if residual else out
 
     def _mixed(self, Y: Float[Tensor, "b d ts"]) -> Float[Tensor, "b d ts"]:
         """M over the tokens, with the rows and columns of those in use."""

@@ -10,6 +10,7 @@ v1.0 sums over space (the mean is an option), LayerNorm has ε = 1e-6 and GELU i
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Literal, get_args
 
 import torch
@@ -73,6 +74,9 @@ class TokenLearner(nn.Module):
     """How many of the ``num_tokens`` tokens, the first ones, are learned: :func:`tokenlearner.set_num_tokens` sets it.
     None for all."""
 
+    _kernel: Callable[[TokenLearner, Tensor], Tensor | None] | None = None
+    """What computes the tokens of a feature map instead, unless it gives None: ``tokenlearner.kernels.use`` sets it."""
+
     def __init__(
         self,
         dim: int,
@@ -116,6 +120,8 @@ class TokenLearner(nn.Module):
     def forward(self, x: Float[Tensor, "b *grid d"], grid: Grid | None = None) -> Float[Tensor, "b s d"]:
         """Returns the learned tokens Z. ``grid`` overrides the constructor's for this call."""
         X = self._feature_map(x, grid)
+        if self._kernel is not None and (Z := self._kernel(self, X)) is not None:
+            return Z
         if self.kind == "average":
             return self._average(X)
         return self._pooled(self._squashed(X), X)
