@@ -13,16 +13,25 @@ from tokenlearner.study.study import Study
 
 
 def variants(settings: Pictures) -> dict[str, ViT]:
-    """As many layers as the paper's share: 21 of 12 are 7 of 4."""
-    deep = settings.depth * 21 // 12
+    deep, deep16 = (layers_for(tokens, settings) for tokens in (8, 16))
     late, more = settings.depth * 3 // 4, max(1, settings.depth // 4)
     return {
         "plain": ViT(f"plain ViT, {settings.depth} layers"),
         "half": ViT("8 tokens at ½, no layer more", tokens=8),
         "deep": ViT(f"{deep} layers, 8 tokens after {deep // 2}", tokens=8, at=deep // 2, depth=deep),
-        "deep 16": ViT(f"{deep} layers, 16 tokens after {deep // 2}", tokens=16, at=deep // 2, depth=deep),
+        "deep 16": ViT(f"{deep16} layers, 16 tokens after {deep16 // 2}", tokens=16, at=deep16 // 2, depth=deep16),
         "late": ViT(f"{settings.depth}+{more} layers, 8 tokens after {late}", tokens=8, at=late, extra_layers=more),
     }
+
+
+def layers_for(tokens: int, settings: Pictures) -> int:
+    """The paper's share, 21 of 12, which are 7 of 4; or fewer, if that would cost more than the plain ViT.
+
+    16 tokens are a quarter of a grid of 8×8 and nearly nothing of the paper's 24×24.
+    """
+    share = tokens / (settings.side // settings.patch) ** 2
+    deep = settings.depth * 21 // 12
+    return next((n for n in range(deep, 0, -1) if n // 2 + (n - n // 2) * share <= settings.depth), settings.depth)
 
 
 STUDY = Study(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 RULE = (
@@ -14,9 +14,9 @@ RULE = (
 )
 CLAIM_RULES = {
     "better": "holds where the first is better by the rule above, does not where it is worse",
-    "at least": "holds where the first is better, or the margin around the difference lies above -{slack:g}; does not "
-    "where it is worse",
-    "about": "holds where the margin around the difference lies within ±{slack:g}; does not where it lies outside",
+    "at least": "holds where the first is better, or the margin around the difference lies above minus {slack}; does "
+    "not where it is worse",
+    "about": "holds where the margin around the difference lies within {slack} of zero; does not where it lies outside",
 }
 
 
@@ -59,14 +59,15 @@ class Claim:
 
     @property
     def rule(self) -> str:
-        return CLAIM_RULES[self.kind].format(slack=self.slack)
+        return CLAIM_RULES[self.kind].format(slack=f"{self.slack:g}")
 
     def judge(self, scores: Mapping[str, Sequence[float]]) -> dict[str, Any]:
-        """The comparison of both variants' ``scores``, with ``verdict`` "holds", "does not", "undecided", or None where
-        a variant has less than two runs."""
+        """The comparison of both variants' ``scores``, its own verdict as ``outcome``, with the ``verdict`` "holds",
+        "does not", "undecided", or None where a variant has less than two runs."""
         if not scores.get(self.first) or not scores.get(self.second):
-            return {"difference": None, "pooled_standard_error": None, "margin": None, "verdict": None}
+            return dict.fromkeys(("difference", "pooled_standard_error", "margin", "verdict", "outcome"))
         found = compare(scores[self.first], scores[self.second])
+        found["outcome"] = found["verdict"]
         if found["verdict"] is None:
             return found
         low, high = found["difference"] - found["margin"], found["difference"] + found["margin"]
@@ -79,3 +80,8 @@ class Claim:
             reached = self.kind == "at least" and low > -self.slack
             verdict = "holds" if found["verdict"] == "better" or reached else "undecided"
         return {**found, "verdict": verdict}
+
+    def judged(self, scores: Mapping[str, Sequence[float]]) -> dict[str, Any]:
+        """All there is to say about it: itself, its rule, the scores of both variants and what :meth:`judge` finds."""
+        sides = [[round(score, 4) for score in scores.get(variant, ())] for variant in (self.first, self.second)]
+        return {**asdict(self), "rule": self.rule, "scores": sides, **self.judge(scores)}

@@ -34,8 +34,20 @@ def bars(axis: Axes, summary: Mapping[str, Any], ylabel: str = "accuracy, %") ->
     for i, (mean, error) in enumerate(zip(means, errors)):
         axis.annotate(f"{mean:.1f}", (i, mean + error), ha="center", va="bottom", fontsize=8)
     axis.set_xticks(range(len(variants)), [v["label"] for v in variants], rotation=30, ha="right", fontsize=8)
-    axis.set_ylim(max(0.0, min(means) - 0.15 * (max(means) - min(means)) - 3), max(means) + 3)
+    low, high = min(means), max(mean + error for mean, error in zip(means, errors))
+    axis.set_ylim(max(0.0, low - 0.15 * (high - low) - 3), high + 0.05 * (high - low) + 3)
     axis.set_ylabel(ylabel)
+
+
+def columns(axis: Axes, summary: Mapping[str, Any], names: Sequence[str], ylabel: str = "") -> None:
+    """A mark for each of these columns of every variant."""
+    variants = list(summary["variants"].values())
+    for name, marker in zip(names, "osD^v"):
+        values = [variant[name] for variant in variants]
+        axis.plot(range(len(variants)), values, marker, markersize=5, label=name.replace("_", " "))
+    axis.set_xticks(range(len(variants)), [v["label"] for v in variants], rotation=30, ha="right", fontsize=8)
+    axis.set_ylabel(ylabel)
+    axis.legend(frameon=False, fontsize=8, ncols=len(names), loc="lower center", bbox_to_anchor=(0.5, 1.0))
 
 
 def against(
@@ -64,3 +76,27 @@ def against(
     axis.set_xlabel(xlabel)
     axis.set_ylabel(ylabel)
     axis.legend(frameon=False, fontsize=8)
+
+
+def scatter(axis: Axes, summary: Mapping[str, Any], x: str, xlabel: str, scale: float = 1.0, key: bool = False) -> None:
+    """Score against the column ``x`` times ``scale``, a number a variant and a colour for the first word of its name;
+    what the numbers stand for is beside the panel that has ``key``."""
+    colours = {word: f"C{i}" for i, word in enumerate(dict.fromkeys(name.split()[0] for name in summary["variants"]))}
+    for number, (name, variant) in enumerate(summary["variants"].items(), start=1):
+        place = (scale * variant[x], variant["mean"])
+        axis.errorbar(
+            *place,
+            yerr=variant["deviation"] or 0,
+            fmt="o",
+            color=colours[name.split()[0]],
+            markersize=5,
+            capsize=2,
+            elinewidth=0.8,
+            label=f"{number} {variant['label']}",
+        )
+        axis.annotate(str(number), place, (4, 3), textcoords="offset points", fontsize=7)
+    axis.margins(x=0.1, y=0.1)
+    axis.set_xlabel(xlabel)
+    axis.set_ylabel("accuracy, %")
+    if key:
+        axis.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1.0, 1.0))

@@ -164,20 +164,26 @@ def _square(images: LabelledImages, i: int, side: int) -> np.ndarray:
 
 def sets_of(data: Path, settings: Pictures, side: int) -> tuple[InMemory, InMemory, tuple[str, ...]]:
     """To learn from, to be scored on, and the classes."""
-    folder = data / settings.data
-    held_out = next((folder / part for part in ("test", "val") if (folder / part).is_dir()), None)
-    if not (folder / "train").is_dir() or held_out is None:
+    parts = parts_of(data / settings.data)
+    if parts is None:
         raise InputError(
             f"{data} must hold the set as {settings.data}/train and {settings.data}/test (or val), a folder a class; "
             "studies/npz_to_folders.py writes them"
         )
-    pixels, labels, classes = decoded(folder / "train", side, settings.most)
+    train, held_out = parts
+    pixels, labels, classes = decoded(train, side, settings.most)
     mean, std = moments(pixels)
     test_pixels, test_labels, test_classes = decoded(held_out, side, None)
     if test_classes != classes:
-        raise InputError(f"{held_out} has other classes than {folder / 'train'}")
+        raise InputError(f"{held_out} has other classes than {train}")
     padding = round(settings.padding * side / 32)
     return InMemory(pixels, labels, mean, std, padding), InMemory(test_pixels, test_labels, mean, std, 0), classes
+
+
+def parts_of(folder: Path) -> tuple[Path, Path] | None:
+    """The folders of a set to learn from and to be scored on; None if one is missing."""
+    held_out = next((folder / part for part in ("test", "val") if (folder / part).is_dir()), None)
+    return (folder / "train", held_out) if held_out and (folder / "train").is_dir() else None
 
 
 @functools.lru_cache(maxsize=4)

@@ -105,7 +105,8 @@ def run_study(
     """Does the runs that ``runs`` has not yet, and writes ``name.csv``, ``name.json`` and ``name.png`` to ``output``;
     of a size but the first ``name-size.json`` and ``name-size.png``.
 
-    Stopped at any moment, the same call goes on. ``only`` names the variants to run; the others stay as they are.
+    Stopped at any moment, the same call goes on. ``only`` names the variants to run; the others stay as they are. A row
+    from before the variant or the settings were changed counts as not there, and the new one takes its place.
 
     Raises:
         InputError: No such size or variant, no such folder, a row that differs in what all must share, or what the runs
@@ -123,30 +124,38 @@ def run_study(
     path = output / f"{name}.csv"
     for seed in seeds:
         for variant, what in variants.items():
-            if (only and variant not in only) or _has(read_rows(path), variant, seed, size):
+            key = key_of(study.run, what, settings, seed)
+            row = {"variant": variant, "label": what.label, "seed": seed, "size": size, "run": key}
+            if (only and variant not in only) or _place(row) in map(_place, current(read_rows(path), study, size)):
                 continue
-            folder = runs / key_of(study.run, what, settings, seed)
-            numbers = done_once(study.run, Job(what, settings, seed, data, folder, command))
-            row = {"variant": variant, "label": what.label, "seed": seed, "size": size, **numbers}
-            rows = read_rows(path)  # another process may have added some
-            if not _has(rows, variant, seed, size):
-                _refuse_different(name, study, rows, row)
-                write_rows(path, [*rows, row])
+            numbers = done_once(study.run, Job(what, settings, seed, data, runs / key, command))
+            row |= numbers
+            rows = read_rows(path)  # another process may have added some, this one too
+            _refuse_different(name, study, current(rows, study, size), row)
+            write_rows(path, [*(other for other in rows if _place(other) != _place(row)), row])
             log(f"{name}, {what.label}, seed {seed}: {study.score} {numbers[study.score]:.4f}")
     return write_up(name, study, read_rows(path), output, size)
 
 
-def _has(rows: Sequence[Mapping[str, str]], variant: str, seed: int, size: str) -> bool:
-    return any((row["variant"], row["seed"], row["size"]) == (variant, str(seed), size) for row in rows)
+def current(rows: Sequence[Mapping[str, str]], study: Study, size: str) -> list[Mapping[str, str]]:
+    """Those of ``rows`` that are of a size, and of its variants and settings as they are now."""
+    settings = study.sizes[size]
+    variants = study.variants(settings)
+    chosen = [row for row in rows if row["size"] == size and row["variant"] in variants]
+    keys = [key_of(study.run, variants[row["variant"]], settings, int(row["seed"])) for row in chosen]
+    return [row for row, key in zip(chosen, keys) if row.get("run") == key]
+
+
+def _place(row: Mapping[str, Any]) -> tuple[str, int, str]:
+    return row["variant"], int(row["seed"]), row["size"]
 
 
 def _refuse_different(name: str, study: Study, rows: Sequence[Mapping[str, str]], row: Mapping[str, Any]) -> None:
     for column in study.same:
-        others = sorted({other[column] for other in rows if other["size"] == row["size"]} - {str(row[column])})
-        if others:
+        if others := sorted({other[column] for other in rows} - {str(row[column])}):
             raise InputError(
-                f"{name}: {column} is {row[column]} for {row['label']}, seed {row['seed']}, and {others[0]} in the rows "
-                "there are: give the same --data, or start over with another --output and --runs"
+                f"{name}: {column} is {row[column]} for {row['label']}, seed {row['seed']}, and {others[0]} in the "
+                "rows there are: give the same --data, or start over with another --output and --runs"
             )
 
 
@@ -204,7 +213,7 @@ def write_up(name: str, study: Study, rows: Sequence[Mapping[str, str]], output:
 
 def summarise(name: str, study: Study, rows: Sequence[Mapping[str, str]], size: str) -> dict[str, Any]:
     """Mean and deviation of every variant, beside the first, and the claims judged."""
-    chosen = [row for row in rows if row["size"] == size]
+    chosen = current(rows, study, size)
     scores = scores_of(chosen, study, study.score, size)
     first = next(iter(scores), None)
     return {
@@ -212,6 +221,7 @@ def summarise(name: str, study: Study, rows: Sequence[Mapping[str, str]], size: 
         "title": study.title,
         "question": study.question,
         "size": size,
+        "settings": json.loads(json.dumps(asdict(study.sizes[size]))),
         "score": study.score,
         "unit": study.unit,
         "rule": RULE,
@@ -226,15 +236,8 @@ def summarise(name: str, study: Study, rows: Sequence[Mapping[str, str]], size: 
             }
             for variant, values in scores.items()
         },
-        "claims": [
-            _judged(claim, scores_of(chosen, study, claim.score or study.score, size)) for claim in study.claims
-        ],
+        "claims": [claim.judged(scores_of(chosen, study, claim.score or study.score, size)) for claim in study.claims],
     }
-
-
-def _judged(claim: Claim, scores: Mapping[str, list[float]]) -> dict[str, Any]:
-    sides = [[round(score, 4) for score in scores.get(variant, [])] for variant in (claim.first, claim.second)]
-    return {**asdict(claim), "rule": claim.rule, "scores": sides, **claim.judge(scores)}
 
 
 def scores_of(rows: Sequence[Mapping[str, str]], study: Study, column: str, size: str) -> dict[str, list[float]]:
@@ -251,7 +254,7 @@ def numbers_of(rows: Sequence[Mapping[str, str]]) -> dict[str, Any]:
     """Label, and the numbers that all ``rows`` of a variant share (MACs, parameters), or else their median."""
     found: dict[str, Any] = {"label": rows[0]["label"]}
     for column in rows[0]:
-        if column in ("variant", "label", "seed", "size", "commit", "command", "hardware"):
+        if column in ("variant", "label", "seed", "size", "run", "commit", "command", "hardware"):
             continue
         try:
             found[column] = statistics.median(float(row[column]) for row in rows)
