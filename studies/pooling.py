@@ -12,15 +12,15 @@ from tokenlearner.study.study import Study
 
 
 def variants(settings: Pictures) -> dict[str, ViT]:
-    """A grid of 8×8 has the paper's 32×32 ÷ 4: its 8×8, 4×4 and 2×2 are 4×4 and 2×2 here."""
-    half, three_quarters, three_eighths = (settings.depth * n // 8 for n in (4, 6, 3))
+    """Grids of 4×4 and 2×2 are as many tokens as the paper's; its layers 9, 12 and 18 of 24 are shares of the depth."""
+    early, half, late = (settings.depth * share // 24 for share in (9, 12, 18))
     return {
-        "16 tokens": ViT("16 learned tokens at ½", tokens=16),
-        "4x4": ViT("4×4 pool at ½", pooling=((half, 4),)),
-        "4 tokens": ViT("4 learned tokens at ½", tokens=4),
-        "2x2": ViT("2×2 pool at ½", pooling=((half, 2),)),
-        "4x4 2x2": ViT("4×4 pool at ½, 2×2 at ¾", pooling=((half, 4), (three_quarters, 2))),
-        "4x4 2x2 early": ViT("4×4 pool at ⅜, 2×2 at ¾", pooling=((three_eighths, 4), (three_quarters, 2))),
+        "16 tokens": ViT(f"16 learned tokens after {half} layers", tokens=16),
+        "4x4": ViT(f"4×4 pool after {half}", pooling=((half, 4),)),
+        "4 tokens": ViT(f"4 learned tokens after {half}", tokens=4),
+        "2x2": ViT(f"2×2 pool after {half}", pooling=((half, 2),)),
+        "4x4 2x2": ViT(f"4×4 pool after {half}, 2×2 after {late}", pooling=((half, 4), (late, 2))),
+        "4x4 2x2 early": ViT(f"4×4 pool after {early}, 2×2 after {late}", pooling=((early, 4), (late, 2))),
     }
 
 

@@ -12,7 +12,7 @@ and ``unlabelled`` learns the host's features alone and is scored by the host's 
     OMP_NUM_THREADS=1 python studies/compress/train.py --host runs/host --data runs/cifar10-folders --out runs/compress
 
 A run that is in OUT/compress.csv is not done again, and one that was stopped is gone on with, so the same command
-continues after a stop. ``--methods``, ``--seeds`` and ``--budgets`` take part of it.
+continues after a stop. ``--methods``, ``--seeds``, ``--budgets`` and ``--only`` take part of it.
 """
 
 from __future__ import annotations
@@ -203,6 +203,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/compress"))
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--only", nargs="+", help="names of runs, as the column run has them")
     parser.add_argument("--budgets", nargs="+", choices=("macs", "latency"), default=["macs", "latency"])
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
@@ -219,7 +220,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = list(read_rows(results))
     done = {row["run"] for row in rows}
     for run in runs(args.methods, args.seeds, args.budgets, host_epochs // 10, host_epochs):
-        if run.folder in done:
+        if run.folder in done or (args.only and run.folder not in args.only):
             continue
         commit = git_commit(HERE)
         new = do(run, host, sets, test, args.out)
