@@ -34,7 +34,8 @@ def bars(axis: Axes, summary: Mapping[str, Any], ylabel: str = "accuracy, %") ->
     for i, (mean, error) in enumerate(zip(means, errors)):
         axis.annotate(f"{mean:.1f}", (i, mean + error), ha="center", va="bottom", fontsize=8)
     axis.set_xticks(range(len(variants)), [v["label"] for v in variants], rotation=30, ha="right", fontsize=8)
-    low, high = min(means), max(mean + error for mean, error in zip(means, errors))
+    low = min(mean - error for mean, error in zip(means, errors))
+    high = max(mean + error for mean, error in zip(means, errors))
     axis.set_ylim(max(0.0, low - 0.15 * (high - low) - 3), high + 0.05 * (high - low) + 3)
     axis.set_ylabel(ylabel)
 
