@@ -189,6 +189,23 @@ def test_a_seed_fixes_the_run_and_options_win_over_the_recipe_file(photos, tmp_p
     assert losses(once) != losses(other)
 
 
+@pytest.mark.parametrize(("command", "maps"), [("train", "clusters"), ("compress", "random")])
+def test_a_field_in_a_file_may_be_called_as_a_command_is(photos, tmp_path, run, monkeypatch, command, maps):
+    given = []
+
+    def stop(*arguments, **options):
+        given.extend(argument for argument in arguments if isinstance(argument, Recipe))
+        raise tokenlearner.InputError("far enough")
+
+    monkeypatch.setattr(f"tokenlearner.training.{command}.{command}", stop)
+    (tmp_path / "recipe.yaml").write_text(f"tokens: 3\nmaps: {maps}\n")
+    before = ("train",) if command == "train" else ("compress", "host")
+    result = run(*before, photos, "--recipe", tmp_path / "recipe.yaml", "--output", tmp_path / "out")
+    assert result.err == "tokenlearner: far enough\n"
+    assert {"tokens", "maps"} == set(COMMANDS) & set(asdict(given[0]))
+    assert (given[0].tokens, given[0].maps) == (3, maps)
+
+
 # ---- evaluate
 
 

@@ -88,7 +88,7 @@ def test_the_studies_there_are_can_be_listed(run, place):
 
 
 def test_a_study_runs_and_tells_its_verdicts(run, place):
-    ran = run("study", "counting", *options(place), "--seeds", 0, "--seeds", 1)
+    ran = run("study", "counting", *options(place), "--seeds", 0, 1)
     assert ran.code == 0
     assert ran.err.splitlines() == ["counting of four", "counting of eight"] * 2
     assert "counting, of eight, seed 1: share 0.2600" in ran.out
@@ -106,7 +106,7 @@ def test_a_study_runs_and_tells_its_verdicts(run, place):
     assert "--data DIR " in rows[0]["command"]
     assert {path.name for path in (place / "results").iterdir()} == {"counting.csv", "counting.json", "counting.png"}
 
-    again = run("study", "counting", *options(place), "--seeds", 0, "--seeds", 1)
+    again = run("study", "counting", *options(place), "--seeds", 0, 1)
     assert (again.code, again.err) == (0, "")  # nothing is run twice
     assert "Few beat many: holds" in again.out
 

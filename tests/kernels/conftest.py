@@ -1,16 +1,9 @@
-"""Where the kernels run: on the GPU if there is one, else on the CPU under Triton's interpreter.
-
-The interpreter is chosen by the environment, and has to be before anything imports Triton.
-"""
+"""Where the kernels run: on the GPU if there is one, else on the CPU under Triton's interpreter."""
 
 import os
-import sys
 
 import pytest
 import torch
-
-if not torch.cuda.is_available() and "triton" not in sys.modules:
-    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 @pytest.fixture
@@ -19,6 +12,5 @@ def device() -> str:
     pytest.importorskip("triton", reason="Triton is not installed")
     if torch.cuda.is_available():
         return "cuda"
-    if os.environ.get("TRITON_INTERPRET") != "1":
-        pytest.skip("Triton was imported before its interpreter could be chosen; run tests/kernels alone")
+    assert os.environ["TRITON_INTERPRET"] == "1", "there is no GPU, and the interpreter was switched off"
     return "cpu"

@@ -1,6 +1,6 @@
 """Recipe files and dotted overrides, read by cyclopts both for the command line and for :func:`load_recipe`."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -70,7 +70,7 @@ RecipeArgument = Annotated[CommandLineRecipe, _GROUP]
 CompressRecipeArgument = Annotated[CommandLineCompressRecipe, _GROUP]
 
 
-def config_reader(path: str | Path) -> Yaml | Toml:
+def config_reader(path: str | Path) -> Callable[..., None]:
     """The cyclopts reader for a recipe file, by its ending.
 
     Raises:
@@ -81,12 +81,13 @@ def config_reader(path: str | Path) -> Yaml | Toml:
         raise InputError(f"there is no recipe file {path}")
     if path.suffix not in (".yaml", ".yml", ".toml"):
         raise InputError(f"recipe {path} must be a .yaml, .yml or .toml file")
-    reader = (Toml if path.suffix == ".toml" else Yaml)(path, must_exist=True, use_commands_as_keys=False)
+    reader = (Toml if path.suffix == ".toml" else Yaml)(path, must_exist=True)
     try:
         reader.config  # noqa: B018 - reads the file now, where its own error can be told from others
     except Exception as error:
         raise InputError(f"{path} is not readable: {' '.join(str(error).split())}") from error
-    return reader
+    # As if no command had been given: cyclopts would leave out fields that are called as a command is (tokens, maps).
+    return lambda app, commands, arguments: reader(app, (), arguments)
 
 
 def parse_recipe(path: str | Path | None, overrides: Mapping[str, object]) -> Recipe:
