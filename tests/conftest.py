@@ -1,6 +1,7 @@
 """Shared by all tests: the torchvision cure first, shape checks on the core, one thread for each worker."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import jaxtyping
@@ -13,6 +14,8 @@ if os.environ.get("TOKENLEARNER_SHAPE_CHECKS", "1") == "1":
     jaxtyping.install_import_hook(["tokenlearner.core", "tokenlearner.insertion"], "beartype.beartype")
 
 import torch
+
+from command_line import Ran, exit_code
 
 torch.set_num_threads(1)
 if not torch.cuda.is_available():
@@ -36,3 +39,16 @@ def without_shape_checks():
     jaxtyping.config.update("jaxtyping_disable", True)
     yield
     jaxtyping.config.update("jaxtyping_disable", False)
+
+
+@pytest.fixture
+def run(capsys, monkeypatch) -> Callable[..., Ran]:
+    """A command of the console script, by its arguments, and what it left."""
+
+    def call(*arguments: object) -> Ran:
+        capsys.readouterr()
+        monkeypatch.setattr("sys.argv", ["tokenlearner", *map(str, arguments)])
+        code = exit_code(*arguments)
+        return Ran(code, *capsys.readouterr())
+
+    return call

@@ -22,7 +22,7 @@ import torch
 from PIL import Image
 
 import tokenlearner
-from tokenlearner.cli import main
+from command_line import Ran, exit_code
 from tokenlearner.inspection.summary import ModelResult, write_summary
 from tokenlearner.training.recipe import CompressOptimizer, CompressRecipe, Recipe
 
@@ -32,46 +32,11 @@ COLOURS = {"red": (210, 40, 40), "blue": (40, 60, 210)}
 TINY = ("--model", "test_vit", "--image-size", "32", "--tokens", "2", "--batch-size", "8", "--workers", "0")
 
 
-class Ran(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> dict:
-        return json.loads(self.out)  # fails on anything beside the one document
-
-    @property
-    def sentence(self) -> str:
-        """What bad input leaves: nothing on stdout, one line on stderr."""
-        assert (self.code, self.out, self.err.count("\n")) == (1, "", 1), self
-        assert self.err.startswith("tokenlearner: ")
-        return self.err
-
-
 class Run(NamedTuple):
     photos: Path
     model: Path
     damaged: dict[str, str]
     code: int
-
-
-def exit_code(*arguments: object) -> int:
-    try:
-        main([str(argument) for argument in arguments])
-    except SystemExit as stop:
-        return int(stop.code or 0)
-    return 0
-
-
-@pytest.fixture
-def run(capsys) -> Callable[..., Ran]:
-    def call(*arguments: object) -> Ran:
-        capsys.readouterr()
-        code = exit_code(*arguments)
-        return Ran(code, *capsys.readouterr())
-
-    return call
 
 
 def draw(path: Path, colour: tuple[int, int, int]) -> None:

@@ -9,7 +9,6 @@ import timm
 import torch
 
 import tokenlearner
-from tokenlearner.cli import main
 from tokenlearner.inspection import speed
 from tokenlearner.inspection.bench import BenchRow, bench
 
@@ -29,19 +28,6 @@ def folders(tmp_path_factory):
         model = timm.create_model("test_vit", num_classes=2, img_size=side)
         tokenlearner.save(tokenlearner.insert(model, tokens) if tokens else model, folder / name)
     return folder
-
-
-@pytest.fixture
-def run(capsys):
-    def call(*arguments):
-        code = 0
-        try:
-            main([str(argument) for argument in arguments])
-        except SystemExit as stop:
-            code = stop.code
-        return code, *capsys.readouterr()
-
-    return call
 
 
 def test_saved_models_side_by_side(folders, run, tmp_path):

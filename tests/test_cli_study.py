@@ -1,13 +1,10 @@
 """`tokenlearner study`, in this process: what it lists, runs and refuses."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 
-from tokenlearner.cli import main
 from tokenlearner.study.rows import read_rows
 
 TINY = '''"""A study without training."""
@@ -40,27 +37,6 @@ STUDY = Study(
     claims=(Claim(1, "Few beat many", "few", "many", "50 and 25 %"),),
 )
 '''
-
-
-class Ran(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-
-@pytest.fixture
-def run(capsys, monkeypatch) -> Callable[..., Ran]:
-    def call(*arguments: object) -> Ran:
-        words = [str(argument) for argument in arguments]
-        monkeypatch.setattr("sys.argv", ["tokenlearner", *words])
-        code = 0
-        try:
-            main(words)
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        return Ran(code, *capsys.readouterr())
-
-    return call
 
 
 @pytest.fixture

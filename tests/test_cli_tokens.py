@@ -1,7 +1,6 @@
 """`tokenlearner tokens` as a user gives it."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -13,24 +12,8 @@ from torch.testing import assert_close
 
 from export.families import clip_model, image_model
 from tokenlearner import load, save
-from tokenlearner.cli import main
 from tokenlearner.data.write_video import write_video
 from tokenlearner.evaluation.tokens import tokens_of
-
-
-@pytest.fixture
-def run(capsys) -> Callable[..., tuple[int, str, str]]:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = 0
-        try:
-            main([str(argument) for argument in arguments])
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out = capsys.readouterr()
-        return code, out.out, out.err
-
-    return call
 
 
 @pytest.fixture(scope="module")

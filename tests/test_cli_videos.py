@@ -2,7 +2,6 @@
 
 import json
 import re
-from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -19,21 +18,6 @@ TINY = (
     *("--model", "vivit_micro_patch8x2_64", "--image-size", "16", "--clip.frames", "4", "--clip.fps", "5"),
     *("--tokens", "2", "--epochs", "1", "--batch-size", "4", "--workers", "0", "--held-out", "0.25"),
 )
-
-
-@pytest.fixture
-def run(capsys) -> Callable[..., tuple[int, str, str]]:
-    def call(*arguments: object) -> tuple[int, str, str]:
-        capsys.readouterr()
-        code = 0
-        try:
-            main([str(argument) for argument in arguments])
-        except SystemExit as stop:
-            code = int(stop.code or 0)
-        out = capsys.readouterr()
-        return code, out.out, out.err
-
-    return call
 
 
 @pytest.fixture(scope="module")
