@@ -15,7 +15,6 @@ import copy
 import json
 import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -30,7 +29,7 @@ from tokenlearner.insertion.hosts import host_of
 from tokenlearner.insertion.saving import write_whole
 from tokenlearner.inspection.bench import bench
 from tokenlearner.inspection.speed import ROUNDS, SECONDS_PER_ROUND
-from tokenlearner.inspection.summary import hardware
+from tokenlearner.inspection.summary import git_commit, hardware
 
 import timm
 import torch
@@ -194,7 +193,7 @@ def row_of(case: Case, name: str, rounds: int) -> dict[str, Any]:
         "case": case.name,
         "variant": name,
         "setting": setting,
-        "commit": commit(),
+        "commit": git_commit(ROOT, ("src", "benchmarks/*.py")),
         "load_before": round(load, 2),
         "rounds": rounds,
         "host": [entry.to_dict() for entry in rows[::2]],
@@ -255,17 +254,6 @@ def split_seconds(model: nn.Module, at: int, x: Tensor, calls: int) -> tuple[flo
     start, entered, learned, end = (times[i::4] for i in range(4))
     marks = ((start, entered), (entered, learned), (learned, end))
     return tuple(statistics.mean(b - a for a, b in zip(*pair)) for pair in marks)
-
-
-def commit() -> str:
-    """The commit, with a + where the sources differ from it."""
-
-    def git(*arguments: str) -> str:
-        done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
-        return done.stdout.strip() if done.returncode == 0 else ""
-
-    short = git("rev-parse", "--short", "HEAD")
-    return f"{short}{'+' if git('status', '--porcelain', 'src', 'benchmarks/*.py') else ''}" if short else "unknown"
 
 
 def lines_of(row: Mapping[str, Any]) -> Iterator[str]:

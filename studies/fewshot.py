@@ -27,11 +27,12 @@ from tokenlearner.study.pictures import (
     Pictures,
     ViT,
     from_scratch,
+    input_size,
     moments_of,
     parts_of,
     reopened,
-    size_of,
 )
+from tokenlearner.study.settings import size_of
 from tokenlearner.study.study import Job, Study, built_upon
 
 import numpy as np
@@ -66,7 +67,7 @@ def linear(job: Job) -> dict[str, Any]:
         scores[name] = round(found.mean, 4)
     others = [name for name in scores if name != training.data]
     average = round(statistics.mean(scores[name] for name in others), 4)
-    return {"average": average, "average_of": " ".join(others), **scores, **size_of(model, base)}
+    return {"average": average, "average_of": " ".join(others), **scores, **size_of(model, input_size(base), training)}
 
 
 def sets_of(job: Job) -> dict[str, tuple[LabelledImages, LabelledImages]]:

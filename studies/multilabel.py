@@ -22,11 +22,11 @@ from tokenlearner.study.pictures import (
     Pictures,
     ViT,
     build,
+    input_size,
     moved_and_flipped,
-    recipe_of,
     sets_of,
-    size_of,
 )
+from tokenlearner.study.settings import size_of
 from tokenlearner.study.study import Job, Study
 from tokenlearner.training.fit import fit
 
@@ -95,7 +95,7 @@ def two_stages(job: Job) -> dict[str, Any]:
         model,
         train_set,
         test_set,
-        recipe_of(settings, job.seed),
+        settings.recipe(job.seed),
         job.folder / "finetuning",
         num_classes=len(classes),
         checkpoints=True,
@@ -105,7 +105,7 @@ def two_stages(job: Job) -> dict[str, Any]:
         "accuracy": round(fitted.accuracy, 4),
         "pretraining_map": precision,
         "train_loss": fitted.history[-1]["train_loss"],
-        **size_of(model, replace(job, settings=settings)),
+        **size_of(model, input_size(replace(job, settings=settings)), settings),
     }
 
 
@@ -122,7 +122,7 @@ def pretrained(job: Job) -> tuple[dict[str, Tensor], float]:
         model,
         Mosaics(train_set, len(classes)),
         Mosaics(test_set, len(classes)),
-        replace(recipe_of(settings, job.seed), loss="sigmoid"),
+        settings.recipe(job.seed, loss="sigmoid"),
         job.folder / "pretraining",
         num_classes=len(classes),
         multilabel=True,

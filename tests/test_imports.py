@@ -101,7 +101,7 @@ def test_the_sources_are_read():
     """Guards the tests below, which an empty list would pass."""
     assert {found.part for found in IMPORTS} <= set(MAY_IMPORT)
     assert Import("insertion/saving.py", "", "insertion", "timm") in IMPORTS
-    assert Import("insertion/saving.py", "transform", "insertion", "timm.data") in IMPORTS
+    assert Import("insertion/saving.py", "_created", "insertion", "timm.data") in IMPORTS
     assert Import("__main__.py", "", "__main__", "tokenlearner.cli") in IMPORTS
 
 

@@ -33,8 +33,8 @@ from tokenlearner.data.images import LabelledImages, scan_class_folders
 from tokenlearner.evaluation.accuracy import evaluate
 from tokenlearner.inspection.cost import cost
 from tokenlearner.inspection.speed import measure_speed
-from tokenlearner.inspection.summary import hardware
-from tokenlearner.study import git_commit, read_rows, write_rows
+from tokenlearner.inspection.summary import git_commit, hardware
+from tokenlearner.study import read_rows, write_rows
 from tokenlearner.study.pictures import InMemory, decoded
 from tokenlearner.training.build import start_maps
 from tokenlearner.training.fit import fit

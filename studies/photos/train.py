@@ -39,8 +39,8 @@ from pathlib import Path
 from typing import Any
 
 import tokenlearner
-from tokenlearner.inspection.summary import hardware
-from tokenlearner.study import git_commit, read_rows, write_rows
+from tokenlearner.inspection.summary import git_commit, hardware
+from tokenlearner.study import read_rows, write_rows
 from tokenlearner.training.fit import quiet_lightning
 from tokenlearner.training.optim import build_optimizer, build_schedule
 from tokenlearner.training.recipe import OptimizerRecipe

@@ -28,8 +28,8 @@ import tokenlearner
 from tokenlearner.data.annotations import read_clip_list
 from tokenlearner.data.clip_sources import Listing
 from tokenlearner.evaluation.accuracy import evaluate
-from tokenlearner.inspection.summary import hardware
-from tokenlearner.study import git_commit, read_rows, write_rows
+from tokenlearner.inspection.summary import git_commit, hardware
+from tokenlearner.study import read_rows, write_rows
 from tokenlearner.training.recipe import load_recipe
 from tokenlearner.training.train import train
 

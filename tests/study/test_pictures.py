@@ -25,6 +25,7 @@ from tokenlearner.study.pictures import (
     sets_of,
     trained,
 )
+from tokenlearner.study.settings import size_of
 from tokenlearner.study.study import Job
 
 MEAN, STD = torch.tensor([0.1, 0.2, 0.3])[:, None, None], torch.tensor([0.5, 0.25, 1.0])[:, None, None]
@@ -155,7 +156,7 @@ def test_a_set_needs_two_parts_of_the_same_classes(tmp_path):
 )
 def test_a_variant_is_built_as_it_says(variant, tokens, tmp_path):
     model = build(variant, TINY, 2)
-    counted = pictures.size_of(model, a_job(tmp_path, tmp_path, variant))
+    counted = size_of(model, pictures.input_size(a_job(tmp_path, tmp_path, variant)), TINY)
     assert counted["tokens_per_layer"] == tokens
     assert counted["parameters"] == sum(p.numel() for p in model.parameters())
     position = model.pos_embed[0, 0]  # of the upper left patch: sines of 0 and cosines of 0
@@ -173,7 +174,8 @@ def run(data, tmp_path_factory):
 
 
 def test_a_run_learns(run, data):
-    job, model, fitted, test_set = run
+    job, model, fitted = run
+    _, test_set, _ = sets_of(data, job.settings, job.settings.side)
     numbers = from_scratch(job)  # reads what is there
     assert numbers["accuracy"] == round(fitted.accuracy, 4) >= 0.9
     assert (numbers["epochs"], numbers["tokens_per_layer"]) == (2, "4 2")
@@ -185,7 +187,7 @@ def test_a_run_learns(run, data):
 
 
 def test_a_run_that_is_done_can_be_opened_again(run, tmp_path):
-    job, model, _, _ = run
+    job, model, _ = run
     again = reopened(job)
     assert not again.training
     state = model.state_dict()
@@ -199,7 +201,7 @@ class Killed(Exception):  # noqa: N818 - no error of the code's
 
 
 def test_a_run_that_was_killed_goes_on_to_the_same_end(run, data, tmp_path, monkeypatch):
-    _, model, fitted, _ = run
+    _, model, fitted = run
     job = a_job(data, tmp_path / "killed", settings=replace(TINY, epochs=2))
     whole, batches = InMemory.__getitems__, []
 
@@ -213,7 +215,7 @@ def test_a_run_that_was_killed_goes_on_to_the_same_end(run, data, tmp_path, monk
     with pytest.raises(Killed):
         trained(job)
     assert not (job.folder / pictures.WEIGHTS).exists()
-    again, refitted, _ = trained(job)
+    again, refitted = trained(job)
     assert len(batches) == 8 + 2 + 3 + 8 + 2
     assert refitted.history == fitted.history
     state = model.state_dict()

@@ -8,7 +8,7 @@ from cyclopts import Parameter
 
 from tokenlearner.cli.opening import InputSize, Learned, LearnedOptions, open_model, own_input_size
 from tokenlearner.cli.options import Json, Listed, app
-from tokenlearner.cli.printing import print_table, show, warn_damaged, warn_missing
+from tokenlearner.cli.printing import print_table, progress_bar, show, warn_damaged, warn_missing
 from tokenlearner.data.listing import Listing
 from tokenlearner.errors import InputError
 
@@ -130,17 +130,10 @@ def show_data(
     DATA is what `train` takes, or a folder of pictures or videos without classes. Every picture is decoded, of every
     video the first frame. Example: `tokenlearner data videos --output videos.png`
     """
-    from rich.console import Console
-    from rich.progress import Progress
-
     from tokenlearner.data.statistics import statistics
 
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("files", total=None)
-        document = statistics(
-            data, listing=listed, progress=lambda done, total: bar.update(task, completed=done, total=total)
-        )
+    with progress_bar("files") as progress:
+        document = statistics(data, listing=listed, progress=progress)
     if output is not None:
         from tokenlearner.inspection.statistics import draw_statistics
 

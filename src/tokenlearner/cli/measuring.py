@@ -8,7 +8,7 @@ from cyclopts import Parameter
 
 from tokenlearner.cli.opening import InputSize, Learned, LearnedOptions, open_model, own_input_size
 from tokenlearner.cli.options import Json, app
-from tokenlearner.cli.printing import print_table, show
+from tokenlearner.cli.printing import print_table, progress_bar, show
 from tokenlearner.errors import InputError
 
 if TYPE_CHECKING:
@@ -44,8 +44,6 @@ def bench(
     `tokenlearner bench vit_base_patch16_224 --tokens 8 --at 0.5`
     """
     import torch
-    from rich.console import Console
-    from rich.progress import Progress
 
     from tokenlearner.inspection.bench import bench as measure
     from tokenlearner.inspection.speed import usable_device
@@ -61,16 +59,14 @@ def bench(
     }
     opened = open_models(models, learned)
     size = input_size or common_input_size(opened)
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("rounds", total=None)
+    with progress_bar("rounds") as progress:
         rows = measure(
             opened,
             size,
             batch_sizes=batch_sizes,
             **conditions,
             seconds_per_round=seconds,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=progress,
         )
     entries = [row.to_dict() for row in rows]
     about = {"hardware": hardware(), "torch": torch.__version__}

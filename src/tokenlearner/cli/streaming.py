@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from cyclopts import Parameter
 
 from tokenlearner.cli.options import FrameFps, Json, OnError, app
-from tokenlearner.cli.printing import print_table, show, warn_damaged
+from tokenlearner.cli.printing import print_table, progress_bar, show, warn_damaged
 from tokenlearner.errors import InputError
 
 
@@ -53,15 +53,10 @@ def tokens(
 
     Example: `tokenlearner tokens runs/photos films film-tokens --fps 2`
     """
-    from rich.console import Console
-    from rich.progress import Progress
-
     from tokenlearner.evaluation.write_tokens import write_tokens
     from tokenlearner.models import open_trained
 
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("files", total=None)
+    with progress_bar("files") as progress:
         summary = write_tokens(
             open_trained(model),
             source,
@@ -78,7 +73,7 @@ def tokens(
             device=device,
             precision=precision,
             on_error=on_error,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=progress,
         )
 
     def table() -> None:

@@ -7,7 +7,7 @@ from typing import Annotated
 from cyclopts import Parameter
 
 from tokenlearner.cli.options import Json, Listed, OnError, RecipeFile, app
-from tokenlearner.cli.printing import print_models, print_table, show, warn_damaged
+from tokenlearner.cli.printing import print_models, print_table, progress_bar, show, warn_damaged
 from tokenlearner.data.listing import Listing
 from tokenlearner.training.recipe_files import (
     CommandLineCompressRecipe,
@@ -140,14 +140,9 @@ def shards(
 
     Example: `tokenlearner shards photos photos-256 --size 256`
     """
-    from rich.console import Console
-    from rich.progress import Progress
-
     from tokenlearner.data.sharding import write_shards
 
-    console = Console(stderr=True)
-    with Progress(console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("pictures", total=None)
+    with progress_bar("pictures") as progress:
         summary = write_shards(
             data,
             out,
@@ -155,7 +150,7 @@ def shards(
             per_shard=per_shard,
             quality=quality,
             on_error=on_error,
-            progress=lambda done, total: bar.update(task, completed=done, total=total),
+            progress=progress,
         )
 
     def table() -> None:

@@ -91,16 +91,24 @@ class Preprocessing:
         Raises:
             InputError: The model takes neither one nor three channels.
         """
-        from timm.data import create_transform
         from torchvision.transforms import Compose, Grayscale
 
-        settings = {key: value for key, value in asdict(self).items() if key not in ("frames", "fps")}
-        prepare = create_transform(**settings, is_training=False)
+        prepare = self._created()
         if self.input_size[0] == 1:
             return Compose([Grayscale(1), prepare])
         if self.input_size[0] != 3:
             raise InputError(f"pictures have 1 or 3 channels, and the model takes {self.input_size[0]}")
         return prepare
+
+    def resizing(self) -> list[Callable[[Any], Any]]:
+        """The steps of :meth:`transform` that bring a PIL image to the input's height and width, an image still."""
+        return self._created(normalize=False).transforms[:-1]  # the last makes it a tensor
+
+    def _created(self, **options: Any) -> Any:
+        from timm.data import create_transform
+
+        settings = {key: value for key, value in asdict(self).items() if key not in ("frames", "fps")}
+        return create_transform(**settings, **options, is_training=False)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -117,6 +118,23 @@ def hardware() -> str:
     """The machine in words: processor, threads torch uses, GPU."""
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return f"{_processor()}, {torch.get_num_threads()} threads{gpu}"
+
+
+def git_commit(folder: Path, of: Sequence[str] = ("src", "studies/*.py", "studies/*.yaml")) -> str:
+    """HEAD of the repository that ``folder`` is in, with ``-dirty`` behind it if one of the paths ``of`` differs from
+    it; ``unknown`` outside of one.
+    """
+
+    def git(*words: str) -> str:
+        try:
+            return subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True).stdout.strip()
+        except OSError:  # git is not installed
+            return ""
+
+    commit = git("rev-parse", "--short", "HEAD") or "unknown"
+    root = git("rev-parse", "--show-toplevel")
+    dirty = root and git("-C", root, "status", "--porcelain", "--", *of)
+    return f"{commit}-dirty" if dirty else commit
 
 
 def _processor() -> str:

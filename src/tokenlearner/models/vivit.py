@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange
 from jaxtyping import Float
-from timm.layers import to_2tuple
+from timm.layers import build_sincos2d_pos_embed, to_2tuple
 from timm.models._features import feature_take_indices
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
@@ -276,6 +276,19 @@ def resample_positions(positions: Float[Tensor, "1 n d"], old: TubeletGrid, new:
         lines = F.interpolate(rearrange(P, "t d h w -> (h w) d t"), size=new[0], mode="linear")
         P = rearrange(lines, "(h w) d t -> t d h w", h=new[1])
     return rearrange(P, "t d h w -> 1 (t h w) d").to(positions.dtype)
+
+
+def sincos_pos_embed(grid: TubeletGrid, width: int) -> Float[Tensor, "1 n d"]:
+    """Position embeddings for a grid of (slices, h, w): sines and cosines of the place, plus those of the slice; of a
+    single slice the place's alone.
+    """
+    where = build_sincos2d_pos_embed(list(grid[1:]), width)
+    if grid[0] == 1:
+        return where[None]
+    rates = torch.exp(torch.arange(0, width, 2) / width * -math.log(100.0))
+    angles = torch.arange(grid[0])[:, None] * rates
+    when = torch.cat([angles.sin(), angles.cos()], dim=1)
+    return rearrange(when[:, None] + where, "t n d -> 1 (t n) d")
 
 
 def _times(sizes: tuple[int, ...]) -> str:

@@ -5,7 +5,7 @@ repository, and ``tokenlearner study`` runs them, or one's own.
 """
 
 from tokenlearner.study.claims import RULE, Claim, compare
-from tokenlearner.study.rows import git_commit, read_rows, write_rows
+from tokenlearner.study.rows import read_rows, write_rows
 from tokenlearner.study.study import Job, Study, open_study, run_study
 
 __all__ = [
@@ -14,7 +14,6 @@ __all__ = [
     "Job",
     "Study",
     "compare",
-    "git_commit",
     "open_study",
     "read_rows",
     "run_study",

@@ -17,9 +17,7 @@ from typing import Any, NamedTuple, cast
 
 import lightning as L
 import torch
-from einops import rearrange
-from jaxtyping import Float
-from timm.layers import build_sincos2d_pos_embed, resample_patch_embed
+from timm.layers import resample_patch_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, Subset
@@ -28,17 +26,16 @@ from tokenlearner.data import moving_digits
 from tokenlearner.data.images import collate
 from tokenlearner.evaluation.clips import logits_of
 from tokenlearner.insertion.insert import insert
-from tokenlearner.inspection.cost import cost
 from tokenlearner.models.bottleneck import MODULES
 from tokenlearner.models.frame_average import FrameAverageViT
 from tokenlearner.models.opening import open_trained
-from tokenlearner.models.vivit import ViViT
+from tokenlearner.models.vivit import ViViT, sincos_pos_embed
 from tokenlearner.models.weights import inflate, load_vit_weights
 from tokenlearner.models.x2plus1d import PLAIN, X2Plus1D
 from tokenlearner.study.interactions import directions
+from tokenlearner.study.settings import Training, size_of
 from tokenlearner.study.study import Job
 from tokenlearner.training.fit import fit
-from tokenlearner.training.recipe import OptimizerRecipe, Recipe
 
 KERNEL = "patch_embed.proj.weight"
 WATCHED = 64  # clips scored after every epoch, for the log alone
@@ -66,7 +63,7 @@ class Slices:
 
 
 @dataclass(frozen=True)
-class Clips:
+class Clips(Training):
     """Settings: the clips and the recipe."""
 
     data: str = "moving digits"
@@ -86,11 +83,7 @@ class Clips:
     epochs: int = 8
     batch_size: int = 32
     lr: float = 5e-3
-    optimizer: str = "muon"
     warmup_epochs: float = 0.5
-    weight_decay: float = 0.05
-    label_smoothing: float = 0.0
-    drop_path: float = 0.0
     precision: str = "32-true"
 
 
@@ -253,22 +246,11 @@ def build_vivit(variant: Slices, settings: ViViTClips, fold: Fold) -> nn.Module:
             inflate(model, state, grid=of_image)
     else:
         with torch.no_grad():
-            cast(nn.Parameter, model.pos_embed).copy_(waves(grid, settings.width))
+            cast(nn.Parameter, model.pos_embed).copy_(sincos_pos_embed(grid, settings.width))
     if variant.tokens:
         options: dict[str, Any] = {"over": variant.over, "window": variant.window}
         insert(model, variant.tokens, 0.5, "mlp", **options)
     return model
-
-
-def waves(grid: tuple[int, int, int], width: int) -> Float[Tensor, "1 n d"]:
-    """Positions as sines and cosines of the place, plus those of the slice; a single slice has the place's alone."""
-    where = build_sincos2d_pos_embed(list(grid[1:]), width)
-    if grid[0] == 1:
-        return where[None]
-    rates = torch.exp(torch.arange(0, width, 2) / width * -math.log(100.0))
-    angles = torch.arange(grid[0])[:, None] * rates
-    when = torch.cat([angles.sin(), angles.cos()], dim=1)
-    return rearrange(when[:, None] + where, "t n d -> 1 (t n) d")
 
 
 def x2plus1d(job: Job) -> dict[str, Any]:
@@ -292,7 +274,7 @@ def _trained_and_scored(job: Job, build: Callable[[Any, Any, Fold], nn.Module]) 
             model,
             fold.train,
             Subset(fold.test, range(min(WATCHED, len(fold.test)))),  # type: ignore[arg-type]
-            recipe_of(settings, job.seed),
+            settings.recipe(job.seed),
             job.folder / fold.name,
             num_classes=fold.classes,
             checkpoints=True,
@@ -300,30 +282,12 @@ def _trained_and_scored(job: Job, build: Callable[[Any, Any, Fold], nn.Module]) 
         )
         scores.append(accuracy(model, fold.test, settings.batch_size))
         losses.append(fitted.history[-1]["train_loss"])
-    counted = cost(model, folds[-1].input_size)
     return {
         "accuracy": round(statistics.mean(scores), 4),
         **({f"from_{f.name}": round(score, 4) for f, score in zip(folds, scores)} if len(folds) > 1 else {}),
         "train_loss": statistics.mean(losses),
-        "epochs": settings.epochs,
-        "parameters": counted.parameters,
-        "macs": counted.macs,
-        "tokens_per_layer": " ".join(map(str, counted.tokens)),
+        **size_of(model, folds[-1].input_size, settings),
     }
-
-
-def recipe_of(settings: Clips, seed: int) -> Recipe:
-    return Recipe(
-        epochs=settings.epochs,
-        batch_size=settings.batch_size,
-        seed=seed,
-        precision=settings.precision,  # type: ignore[arg-type]
-        label_smoothing=settings.label_smoothing,
-        workers=0,
-        optimizer=OptimizerRecipe(
-            settings.optimizer, settings.lr, settings.weight_decay, warmup_epochs=settings.warmup_epochs
-        ),
-    )
 
 
 @torch.inference_mode()

@@ -33,7 +33,7 @@ def bars(axis: Axes, summary: Mapping[str, Any], ylabel: str = "accuracy, %") ->
     axis.bar(range(len(variants)), means, yerr=errors, color=colours, capsize=3)
     for i, (mean, error) in enumerate(zip(means, errors)):
         axis.annotate(f"{mean:.1f}", (i, mean + error), ha="center", va="bottom", fontsize=8)
-    axis.set_xticks(range(len(variants)), [v["label"] for v in variants], rotation=30, ha="right", fontsize=8)
+    name_variants(axis, variants)
     low = min(mean - error for mean, error in zip(means, errors))
     high = max(mean + error for mean, error in zip(means, errors))
     axis.set_ylim(max(0.0, low - 0.15 * (high - low) - 3), high + 0.05 * (high - low) + 3)
@@ -46,9 +46,13 @@ def columns(axis: Axes, summary: Mapping[str, Any], names: Sequence[str], ylabel
     for name, marker in zip(names, "osD^v"):
         values = [variant[name] for variant in variants]
         axis.plot(range(len(variants)), values, marker, markersize=5, label=name.replace("_", " "))
-    axis.set_xticks(range(len(variants)), [v["label"] for v in variants], rotation=30, ha="right", fontsize=8)
+    name_variants(axis, variants)
     axis.set_ylabel(ylabel)
     axis.legend(frameon=False, fontsize=8, ncols=len(names), loc="lower center", bbox_to_anchor=(0.5, 1.0))
+
+
+def name_variants(axis: Axes, variants: Sequence[Mapping[str, Any]]) -> None:
+    axis.set_xticks(range(len(variants)), [v["label"] for v in variants], rotation=30, ha="right", fontsize=8)
 
 
 def against(

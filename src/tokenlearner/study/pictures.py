@@ -26,11 +26,11 @@ from torch.utils.data import Dataset
 from tokenlearner.data.images import LabelledImages, read_picture, scan_class_folders
 from tokenlearner.errors import InputError
 from tokenlearner.insertion.insert import insert
-from tokenlearner.inspection.cost import cost
 from tokenlearner.models.pooling import PooledViT
+from tokenlearner.study.settings import Training, size_of
 from tokenlearner.study.study import Job
 from tokenlearner.training.fit import Fitted, fit
-from tokenlearner.training.recipe import AugmentRecipe, OptimizerRecipe, Recipe
+from tokenlearner.training.recipe import AugmentRecipe, Recipe
 
 WEIGHTS = "weights.pt"
 
@@ -54,7 +54,7 @@ class ViT:
 
 
 @dataclass(frozen=True)
-class Pictures:
+class Pictures(Training):
     """Settings: a set, the ViT and the recipe. ``most`` is of training pictures, all if None."""
 
     data: str = "cifar10"
@@ -64,21 +64,16 @@ class Pictures:
     width: int = 64
     depth: int = 4
     heads: int = 2
-    epochs: int = 2
-    batch_size: int = 64
-    lr: float = 3e-3
-    optimizer: str = "muon"
-    warmup_epochs: float = 0.3
-    weight_decay: float = 0.05
     ema: float = 0.99
     padding: int = 4
     """Pixels that a picture of 32 is moved by at most; grows with the side."""
     mixup: float = 0.0
     cutmix: float = 0.0
-    label_smoothing: float = 0.0
-    drop_path: float = 0.0
-    precision: str = "bf16-mixed"
     most: int | None = None
+
+    def recipe(self, seed: int, **more: Any) -> Recipe:
+        augment = AugmentRecipe(mixup=self.mixup, cutmix=self.cutmix)  # crops and flips are InMemory's
+        return super().recipe(seed, **{"ema": self.ema, "augment": augment, **more})
 
 
 # For one thread without a GPU: a minute a run. "gpu" is meant for a plain ViT of more than 90 % on CIFAR-10.
@@ -221,44 +216,26 @@ def build(variant: ViT, settings: Pictures, classes: int) -> nn.Module:
     return model
 
 
-def recipe_of(settings: Pictures, seed: int) -> Recipe:
-    return Recipe(
-        epochs=settings.epochs,
-        batch_size=settings.batch_size,
-        seed=seed,
-        ema=settings.ema,
-        precision=settings.precision,  # type: ignore[arg-type]
-        label_smoothing=settings.label_smoothing,
-        workers=0,
-        optimizer=OptimizerRecipe(
-            settings.optimizer, settings.lr, settings.weight_decay, warmup_epochs=settings.warmup_epochs
-        ),
-        augment=AugmentRecipe(mixup=settings.mixup, cutmix=settings.cutmix),  # crops and flips are InMemory's
-    )
-
-
-def trained(job: Job) -> tuple[nn.Module, Fitted, InMemory]:
-    """The model of ``job`` after its training, and the set it is scored on; trained once, then read from its folder."""
-    variant, settings = job.variant, job.settings
-    side = variant.side or settings.side
-    train_set, test_set, classes = sets_of(job.data, settings, side)
+def trained(job: Job) -> tuple[nn.Module, Fitted]:
+    """The model of ``job`` after its training, whose weights are then in the job's folder for :func:`reopened`."""
+    train_set, test_set, classes = sets_of(job.data, job.settings, input_size(job)[1])
     L.seed_everything(job.seed, workers=True, verbose=False)
-    model = build(variant, settings, len(classes))
-    recipe = recipe_of(settings, job.seed)
+    model = build(job.variant, job.settings, len(classes))
+    recipe = job.settings.recipe(job.seed)
     fitted = fit(
         model, train_set, test_set, recipe, job.folder, num_classes=len(classes), checkpoints=True, resume=True
     )
     torch.save(model.state_dict(), job.folder / WEIGHTS)
-    return model, fitted, test_set
+    return model, fitted
 
 
 def from_scratch(job: Job) -> dict[str, Any]:
     """Trains and scores the ViT of a job: its numbers."""
-    model, fitted, _ = trained(job)
+    model, fitted = trained(job)
     return {
         "accuracy": round(fitted.accuracy, 4),
         "train_loss": fitted.history[-1]["train_loss"],
-        **size_of(model, job),
+        **size_of(model, input_size(job), job.settings),
     }
 
 
@@ -277,12 +254,7 @@ def reopened(job: Job) -> nn.Module:
     return model.eval()
 
 
-def size_of(model: nn.Module, job: Job) -> dict[str, Any]:
+def input_size(job: Job) -> tuple[int, int, int]:
+    """Of the job's pictures, (c, h, w)."""
     side = job.variant.side or job.settings.side
-    counted = cost(model, (3, side, side))
-    return {
-        "epochs": job.settings.epochs,
-        "parameters": counted.parameters,
-        "macs": counted.macs,
-        "tokens_per_layer": " ".join(map(str, counted.tokens)),
-    }
+    return 3, side, side

@@ -16,10 +16,11 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from tokenlearner.errors import InputError
-from tokenlearner.inspection.summary import hardware
+from tokenlearner.insertion.saving import write_whole
+from tokenlearner.inspection.summary import git_commit, hardware
 from tokenlearner.study.claims import RULE, Claim, compare
 from tokenlearner.study.figures import draw_figure
-from tokenlearner.study.rows import git_commit, read_rows, write_rows
+from tokenlearner.study.rows import read_rows, write_rows
 
 FOLDER = Path("studies")
 ROW = "row.json"
@@ -184,9 +185,7 @@ def done_once(run: Callable[[Job], Mapping[str, Any]], job: Job) -> dict[str, An
         "command": job.command,
         "hardware": hardware(),
     }
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(row, indent=1) + "\n")
-    temporary.replace(file)
+    write_whole({file: (json.dumps(row, indent=1) + "\n").encode()})
     return row
 
 
@@ -207,7 +206,7 @@ def write_up(name: str, study: Study, rows: Sequence[Mapping[str, str]], output:
     if summary["variants"]:
         draws = study.draw if isinstance(study.draw, Sequence) else (study.draw,)
         draw_figure(study.title, draws, summary, output / f"{stem}.png")
-    (output / f"{stem}.json").write_text(json.dumps(summary, indent=1) + "\n")
+    write_whole({output / f"{stem}.json": (json.dumps(summary, indent=1) + "\n").encode()})
     return summary
 
 

@@ -156,14 +156,6 @@ def training_transform(preprocessing: Preprocessing, augment: AugmentRecipe) -> 
     )
     if augment.crop == "shifted":
         height, width = preprocessing.input_size[1:]
-        as_evaluated = create_transform(
-            input_size=preprocessing.input_size,
-            interpolation=preprocessing.interpolation,
-            crop_pct=preprocessing.crop_pct,
-            crop_mode=preprocessing.crop_mode,
-            mean=preprocessing.mean,
-            normalize=False,
-        )
         move = RandomCrop((height, width), padding=(width // 8, height // 8))
-        transform = Compose([*as_evaluated.transforms[:-1], move, *transform.transforms[1:]])
+        transform = Compose([*preprocessing.resizing(), move, *transform.transforms[1:]])
     return Compose([Grayscale(1), transform]) if preprocessing.input_size[0] == 1 else transform

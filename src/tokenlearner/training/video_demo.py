@@ -7,7 +7,6 @@ averaged over the frames, which can only guess.
 from __future__ import annotations
 
 import functools
-import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,9 +14,7 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
-from einops import rearrange
 from PIL import Image
-from timm.layers import build_sincos2d_pos_embed
 from torch import nn
 
 from tokenlearner.data import moving_digits
@@ -28,7 +25,7 @@ from tokenlearner.inspection.report import write_report
 from tokenlearner.inspection.speed import measure_speed
 from tokenlearner.inspection.summary import hardware, write_summary
 from tokenlearner.models.frame_average import FrameAverageViT
-from tokenlearner.models.vivit import ViViT
+from tokenlearner.models.vivit import ViViT, sincos_pos_embed
 from tokenlearner.training.fit import result_of
 from tokenlearner.training.looks import film_looks, one_of_each
 from tokenlearner.training.recipe import OptimizerRecipe, Recipe, check_recipe
@@ -70,20 +67,15 @@ RECIPE = Recipe(
 def vivit() -> ViViT:
     """Its position embedding starts as sines and cosines of place, plus those of time."""
     model = ViViT(num_frames=moving_digits.FRAMES, tubelet_size=2, **SIZE, **SHAPE)
-    slices, h, w = model.patch_embed.grid_size
-    waves = torch.exp(torch.arange(0, WIDTH, 2) / WIDTH * -math.log(100.0))
-    angles = torch.arange(slices)[:, None] * waves
-    when, where = torch.cat([angles.sin(), angles.cos()], dim=1), build_sincos2d_pos_embed([h, w], WIDTH)
     with torch.no_grad():
-        cast(nn.Parameter, model.pos_embed).copy_(rearrange(when[:, None] + where, "t n d -> 1 (t n) d"))
+        cast(nn.Parameter, model.pos_embed).copy_(sincos_pos_embed(model.patch_embed.grid_size, WIDTH))
     return model
 
 
 def frame_average() -> FrameAverageViT:
     model = FrameAverageViT(fc_norm=False, **SIZE, **SHAPE)
     with torch.no_grad():
-        grid = list(model.patch_embed.grid_size)
-        cast(nn.Parameter, model.pos_embed).copy_(build_sincos2d_pos_embed(grid, WIDTH)[None])
+        cast(nn.Parameter, model.pos_embed).copy_(sincos_pos_embed((1, *model.patch_embed.grid_size), WIDTH))
     return model
 
 
