@@ -11,6 +11,7 @@ from performance import AGAIN, LEARNED, OUTPUTS, PLANS, Case
 
 # Realised fractions we ask of ourselves, eager and in float32 on a CPU, by batch size.
 TARGETS = {8: 0.97, 1: 0.92}
+PRESSING = ("tome", "top-k", "average pooling")  # the peers that learned tokens should not be slower than
 
 HEADER = """# Is a MAC saved a microsecond saved?
 
@@ -70,6 +71,25 @@ def against_targets(rows: Mapping[tuple[str, str], Mapping[str, Any]]) -> Iterat
             control = f"{again['measured'][i]['speedup']:.3f}" if again else "not run"
             rate = f"{learned['host'][i]['matmul_share']:.0%}"
             yield _line((case.name, size, f"{realised:.3f}", target, verdict, control, rate))
+    yield ""
+    yield from against_peers(rows)
+
+
+def against_peers(rows: Mapping[tuple[str, str], Mapping[str, Any]]) -> Iterator[str]:
+    yield "We ask of learned tokens that they be faster than merging and pruning at equal MACs, and no slower than "
+    yield "pooling. Speed-ups of the host:\n"
+    yield from _head(("host", "batch", LEARNED, *PRESSING, "faster than it"))
+    for case in (case for case in PLANS["cpu"] if set(PRESSING) <= set(case.variants)):
+        found = [rows.get((case.name, name)) for name in (LEARNED, *PRESSING)]
+        for i, size in enumerate(case.batch_sizes):
+            speedups = [row["measured"][i]["speedup"] if row else None for row in found]
+            learned = speedups[0]
+            if learned is None:
+                faster = "not run"
+            else:
+                faster = ", ".join(n for n, s in zip(PRESSING, speedups[1:]) if s is not None and s > learned) or "none"
+            cells = ("not run" if speedup is None else f"{speedup:.2f}×" for speedup in speedups)
+            yield _line((case.name, size, *cells, faster))
     yield ""
 
 
