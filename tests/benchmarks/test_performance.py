@@ -194,11 +194,24 @@ def test_the_report_says_where_the_time_goes(plan, tmp_path):
     )
 
 
+@pytest.mark.parametrize(("speedup", "faster"), [(1.7, "none"), (1.8, "none"), (1.9, "tome")])
+def test_the_report_names_the_peers_that_are_faster(speedup, faster, plan, tmp_path):
+    run(tmp_path / "performance.json")
+    document = json.loads((tmp_path / "performance.json").read_text())
+    document["rows"][2]["measured"][0]["speedup"] = speedup  # of ToMe, at batch 8
+    (tmp_path / "performance.json").write_text(json.dumps(document))
+    text = report(tmp_path)
+    assert f"| host | batch | {LEARNED} | tome | top-k | average pooling | faster than it |" in text
+    assert f"| tiny | 8 | 1.80× | {speedup:.2f}× | not run | not run | {faster} |" in text
+    assert "| tiny | 1 | 1.80× | 1.80× | not run | not run | none |" in text
+
+
 def test_what_was_not_run_is_marked(plan, tmp_path):
     run(tmp_path / "performance.json", only=AGAIN)
     text = report(tmp_path)
     assert "| tiny | 8 | not run | 0.97 |" in text
     assert text.count("| tome | not run |") == 2
+    assert "| tiny | 8 | not run | not run | not run | not run | not run |" in text
     assert "Where the pass" not in text
     (tmp_path / "performance.json").unlink()
     assert "Not run on a CPU. Ready, as `python benchmarks/performance.py cpu`: tiny, batch 8 and 1." in report(
