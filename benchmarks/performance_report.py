@@ -76,7 +76,7 @@ def against_targets(rows: Mapping[tuple[str, str], Mapping[str, Any]]) -> Iterat
 
 
 def against_peers(rows: Mapping[tuple[str, str], Mapping[str, Any]]) -> Iterator[str]:
-    yield "By speed-up at equal MACs; learned tokens should be faster than merging and pruning, no slower than pooling:\n"
+    yield "By speed-up at equal MACs; tokens should be faster than merging and pruning, no slower than pooling:\n"
     yield from _head(("host", "batch", LEARNED, *PRESSING, "faster than it"))
     for case in (case for case in PLANS["cpu"] if set(PRESSING) & set(case.variants)):
         found = [rows.get((case.name, name)) for name in (LEARNED, *PRESSING)]
