@@ -7,7 +7,7 @@ import torch
 from torch.testing import assert_close
 
 from insertion.hosts import FUSERS, images, inserted, tiny
-from tokenlearner import attention_maps
+from tokenlearner import attention_maps, remove
 
 pytestmark = pytest.mark.usefixtures("without_shape_checks")
 
@@ -31,6 +31,29 @@ def test_compiled_output_and_gradients(fuser):
     assert_close(compiled(x), model(x))
     expected = {name: p.grad for name, p in model.named_parameters()}
     assert_close({name: p.grad for name, p in compiled._orig_mod.named_parameters()}, expected)
+
+
+def compiled(model):
+    return torch.compile(copy.deepcopy(model), fullgraph=True, backend="eager")
+
+
+@pytest.mark.parametrize("at", [1, 2])  # a block, and what comes after the last
+@pytest.mark.parametrize("first", ["host", "inserted", "fewer"])
+def test_models_compiled_after_each_other_run_as_themselves(first, at):
+    """torch.compile keeps its code by class and does not look at hooks, so the first one's could serve the others."""
+    host, x = tiny(**SMALL, global_pool="avg"), images()
+    models = {"host": host, "inserted": inserted(host, at=at), "fewer": inserted(host, 2, at=at)}
+    expected = {name: model(x) for name, model in models.items()}
+    assert (expected["host"] - expected["inserted"]).abs().max() > 1e-3
+    for name in sorted(models, key=lambda name: name != first):
+        assert_close(compiled(models[name])(x), expected[name])
+
+
+def test_a_model_is_compiled_anew_after_an_insertion_and_its_removal():
+    host, x = tiny(**SMALL), images()
+    model = inserted(host)
+    for one in (host, model, remove(copy.deepcopy(model)), model):
+        assert_close(compiled(one)(x), one(x))
 
 
 @pytest.mark.parametrize("fuser", FUSERS[:2])

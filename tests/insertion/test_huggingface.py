@@ -717,3 +717,14 @@ def test_our_own_save_says_how_to_save_it(tmp_path):
     model = inserted(CASES["vit"].model(), TOKENS, 1)
     with pytest.raises(InputError, match=r"is a model of transformers: save it with model\.save_pretrained\(folder\)"):
         tokenlearner.save(model, tmp_path)
+
+
+@pytest.mark.usefixtures("without_shape_checks")
+@pytest.mark.parametrize("family", ["vit", "beit"])  # the layers of the latter also lose a bias
+def test_a_model_compiled_after_its_host_runs_as_itself(family):
+    """torch.compile keeps its code by class and does not look at hooks, so the host's could serve the other."""
+    host, x = CASES[family].model(), CASES[family].images()
+    torch._dynamo.reset()
+    for model in (host, inserted(host, TOKENS, 1), host):
+        assert_close(torch.compile(copy.deepcopy(model), backend="eager")(x).logits, model(x).logits)
+    torch._dynamo.reset()

@@ -131,8 +131,11 @@ def test_insert_keeps_the_hosts_keys_and_remove_brings_the_host_back(fuser, at):
     keys = set(before.state_dict())
     assert [key for key in host.state_dict() if key in keys] == list(before.state_dict())
     assert all(torch.equal(host.state_dict()[key], value) for key, value in before.state_dict().items())
+    if not fuser:
+        assert all(isinstance(host.get_submodule(name), type(m)) for name, m in before.named_modules())
 
     assert remove(host) is host
+    assert [type(m) for m in host.modules()] == [type(m) for m in before.modules()]
     assert list(host.state_dict()) == list(before.state_dict())
     assert torch.equal(host(x), before(x))
     assert repr(host) == repr(before)

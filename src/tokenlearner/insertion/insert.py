@@ -28,6 +28,7 @@ from tokenlearner.insertion.layers import (
     by_slice,
     drop_hooks,
     evaluating,
+    hook_layer,
     input_of,
     is_compiled,
     slices_of,
@@ -160,10 +161,10 @@ def insert(
         else:
             carrier = host.layers()[i] if i < layers else host.after_layers()
             carrier.token_learner = learners[i]
-            carrier.register_forward_pre_hook(LearnTokens(prefix, record, without_grid), with_kwargs=True)
+            hook_layer(carrier, LearnTokens(prefix, record, without_grid))
     if not fuser and without_grid is not unmasked:  # every layer is handed the grid's own, so each has to lose it
         for layer in list(host.layers())[index + 1 :]:
-            layer.register_forward_pre_hook(LeaveGrid(without_grid), with_kwargs=True)
+            hook_layer(layer, LeaveGrid(without_grid))
     setattr(model, SPEC, spec)
     if not fuser:
         host.guard_intermediates(spec)

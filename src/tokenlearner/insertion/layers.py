@@ -10,11 +10,12 @@ either side (``load_state_dict(assign=True)``, ``to_empty``, sharding) is replac
 
 from __future__ import annotations
 
+import functools
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from einops import rearrange
@@ -83,6 +84,42 @@ class GridRecord:
             if len(self._by_input) > MOST_PENDING_INPUTS:
                 self._by_input.popitem(last=False)
         return self.current
+
+
+class Hooked:
+    """A layer that has hooks of ours: of a subclass of its class, under the same name.
+
+    ``torch.compile`` does not look at hooks when it asks whether code that it compiled before fits another model, but
+    it does look at types. Without a type of its own, a model compiled after its host would silently run as the host.
+    """
+
+    __slots__ = ()  # an object's class can only be changed to one of the same layout
+    host_class: ClassVar[Any]
+
+
+@functools.cache
+def hooked_class(host_class: Any) -> Any:
+    def reduce(self: nn.Module, protocol: Any) -> Any:
+        """For pickle and deepcopy: a class is found by its name, and this one is not there."""
+        reduced: Any = host_class.__reduce_ex__(self, protocol)
+        _, (_, *arguments), *state = reduced
+        return _new_hooked, (host_class, *arguments), *state
+
+    names = {name: getattr(host_class, name) for name in ("__module__", "__qualname__", "__doc__")}
+    members = {**names, "host_class": host_class, "__reduce_ex__": reduce}
+    return type(host_class.__name__, (host_class, Hooked), members)
+
+
+def _new_hooked(host_class: Any, *arguments: Any) -> Any:
+    return host_class.__new__(hooked_class(host_class), *arguments)
+
+
+def hook_layer(layer: nn.Module, hook: LearnTokens | LeaveGrid) -> None:
+    """Registers a forward pre-hook that :func:`drop_hooks` takes off again."""
+    layer.register_forward_pre_hook(hook, with_kwargs=True)
+    if not isinstance(layer, Hooked):
+        host_class: Any = type(layer)
+        layer.__class__ = hooked_class(host_class)
 
 
 class LearnTokens:
@@ -297,3 +334,6 @@ def drop_hooks(module: nn.Module, kind: type) -> None:
         for key in [key for key, hook in hooks.items() if isinstance(hook, kind)]:
             del hooks[key]
             flags.pop(key, None)
+    ours = (LearnTokens, LeaveGrid)
+    if isinstance(module, Hooked) and not any(isinstance(hook, ours) for hook in module._forward_pre_hooks.values()):
+        module.__class__ = type(module).host_class
