@@ -201,6 +201,7 @@ def row_of(case: Case, name: str, rounds: int) -> dict[str, Any]:
     }
     if name == LEARNED and case.has_parts:
         row["parts"] = [parts(host, model, case.size, batch_size, rounds) for batch_size in case.batch_sizes]
+        row["bytes_read_per_second"] = bytes_read_per_second()
     return row
 
 
@@ -208,7 +209,7 @@ def parts(
     host: nn.Module, model: nn.Module, size: tuple[int, ...], batch_size: int, rounds: int
 ) -> list[dict[str, Any]]:
     """The pass up to the layer that learns, the learning, and the pass from there on: of each the MACs of one input and
-    the median seconds of a batch, of the host and of the model.
+    the median seconds of a batch, of the host and of the model, and the bytes of the weights that any batch reads.
     """
     (at,) = tokenlearner.learners(model)
     counted, plain = tokenlearner.cost(model, size), tokenlearner.cost(host, size)
@@ -220,6 +221,10 @@ def parts(
         "learning": (0, learning),
         "after": (plain.macs - before, counted.macs - before - learning),
     }
+    learner, layers = tokenlearner.learners(model)[at], host_of(model).layers()
+    learned = bytes_of(learner)
+    after = sum(map(bytes_of, list(layers)[at:])) - learned
+    weights = {"before": bytes_of(model) - learned - after, "learning": learned, "after": after}
     x, taken = torch.randn(batch_size, *size), {"host": [], "model": []}
     passes = (("host", host.eval()), ("model", model.eval()))
     with torch.inference_mode():
@@ -229,9 +234,28 @@ def parts(
                 taken[who].append(split_seconds(it, at, x, calls=max(1, round(SECONDS_PER_ROUND / once))))
     columns = {who: [statistics.median(column) for column in zip(*rows)] for who, rows in taken.items()}
     return [
-        {"part": part, "macs": counts, "seconds": (columns["host"][i], columns["model"][i])}
+        {
+            "part": part,
+            "macs": counts,
+            "seconds": (columns["host"][i], columns["model"][i]),
+            "weights": weights[part],
+        }
         for i, (part, counts) in enumerate(macs.items())
     ]
+
+
+def bytes_of(module: nn.Module) -> int:
+    return sum(parameter.nbytes for parameter in module.parameters())
+
+
+def bytes_read_per_second(size: int = 2**28) -> float:
+    """How fast this machine reads memory from one end to the other: the median of 15 sums."""
+    x, seconds = torch.ones(size // 4), []
+    for _ in range(15):
+        start = time.perf_counter()
+        x.sum()
+        seconds.append(time.perf_counter() - start)
+    return x.nbytes / statistics.median(seconds)
 
 
 def split_seconds(model: nn.Module, at: int, x: Tensor, calls: int) -> tuple[float, ...]:

@@ -24,8 +24,9 @@ that a machine that slows down slows both; its quartiles are in brackets. **Real
 MAC ratio: 1 where time falls as MACs do. A host that is slow by itself would flatter every variant, so every round also
 times a large matrix product, and *of matmul rate* is the share of its MACs a second that the model reaches. The peers
 have about the MACs of 8 tokens at ½. All weights are random; what a variant does to accuracy is not the question here.
-*Peak memory* is what a pass allocates beyond weights and input. Where "the host again" is not 1.00, so much of any
-other number is noise.
+*Peak memory* is what a pass allocates beyond weights and input. A layer's weights have to be read however few tokens
+there are, which the MACs don't count: at batch 1 the layers on learned tokens do little else. Where "the host again" is
+not 1.00, so much of any other number is noise.
 """
 
 COLUMNS = (
@@ -112,7 +113,7 @@ def of_case(case: Case, rows: Mapping[tuple[str, str], Mapping[str, Any]]) -> It
             yield _line((name, row["setting"], *cells(row["measured"][i])) if row else (name, "not run", *[""] * 8))
         yield ""
         if "parts" in found.get(LEARNED, {}):
-            yield from where_time_goes(found[LEARNED]["parts"][i], size)
+            yield from where_time_goes(found[LEARNED], i, size)
 
 
 def cells(entry: Mapping[str, Any]) -> tuple[str, ...]:
@@ -125,16 +126,19 @@ def cells(entry: Mapping[str, Any]) -> tuple[str, ...]:
         f"{entry['realised']:.2f}",
         f"{entry['matmul_share']:.0%}",
         "" if entry["peak_memory"] is None else f"{count(entry['peak_memory'])}B",
-        "" if entry["latency"] is None else f"{1e3 * entry['latency']:.3g} ms",
+        "" if entry["latency"] is None else f"{1e3 * entry['latency']:,.{0 if entry['latency'] >= 0.1 else 1}f} ms",
     )
 
 
-def where_time_goes(parts: Sequence[Mapping[str, Any]], batch_size: int) -> Iterator[str]:
-    """The floor, each part's MACs at the host's own mean rate, beside what it took."""
+def where_time_goes(row: Mapping[str, Any], index: int, batch_size: int) -> Iterator[str]:
+    """Each part's floor, its MACs at the host's own mean rate; what it took; and what its weights take to read."""
+    parts, rate = row["parts"][index], row["bytes_read_per_second"]
     host_macs, host_seconds = (sum(part[key][0] for part in parts) for key in ("macs", "seconds"))
     whole = sum(part["seconds"][1] for part in parts)
     yield f"Where the pass with {LEARNED} goes; its floor is the host's own mean MACs a second:\n"
-    yield from _head(("part", "GMACs", "host, ms", "floor, ms", "measured, ms", "above the floor"))
+    yield from _head(
+        ("part", "GMACs", "host, ms", "floor, ms", "measured, ms", "above the floor", "weights", "reading them, ms")
+    )
     labels = {"before": "up to the learner", "learning": "learning the tokens", "after": "from there on"}
     above = {}
     for part in parts:
@@ -149,10 +153,15 @@ def where_time_goes(parts: Sequence[Mapping[str, Any]], batch_size: int) -> Iter
                 f"{1e3 * floor:.2f}",
                 f"{1e3 * taken:.2f}",
                 f"{(taken - floor) / whole:+.1%} of the pass",
+                f"{count(part['weights'])}B",
+                f"{1e3 * part['weights'] / rate:.2f}",
             )
         )
     realised, most = 1 - sum(above.values()) / whole, max(above, key=above.__getitem__)
-    yield f"\nIn these passes {realised:.3f} is realised; the last column adds up to the rest, most of it {most}.\n"
+    yield (
+        f"\nIn these passes {realised:.3f} is realised; what is above the floor adds up to the rest, mostly {most}. "
+        f"Reading is at {rate / 1e9:.0f} GB/s, as fast as this machine sums a large tensor.\n"
+    )
 
 
 def _head(columns: Any) -> Iterator[str]:

@@ -52,14 +52,15 @@ def plan(monkeypatch):
     monkeypatch.setitem(PLANS, "cpu", (CASE,))
     monkeypatch.setattr(performance, "bench", fake_bench)
     monkeypatch.setattr(performance, "parts", lambda *_: PARTS)
+    monkeypatch.setattr(performance, "bytes_read_per_second", lambda: 2e9)
     monkeypatch.setattr(performance, "variant", lambda name, host, size: (host, "86 merges" if name == "tome" else ""))
 
 
 # The host takes 100 ms for 10 GMACs, so its rate makes the floors 40, 2 and 8 ms.
 PARTS = [
-    {"part": "before", "macs": (4 * 10**9, 4 * 10**9), "seconds": (0.044, 0.045)},
-    {"part": "learning", "macs": (0, 2 * 10**8), "seconds": (0.0, 0.005)},
-    {"part": "after", "macs": (6 * 10**9, 8 * 10**8), "seconds": (0.056, 0.010)},
+    {"part": "before", "macs": (4 * 10**9, 4 * 10**9), "seconds": (0.044, 0.045), "weights": 10**7},
+    {"part": "learning", "macs": (0, 2 * 10**8), "seconds": (0.0, 0.005), "weights": 2000},
+    {"part": "after", "macs": (6 * 10**9, 8 * 10**8), "seconds": (0.056, 0.010), "weights": 8 * 10**6},
 ]
 
 
@@ -161,6 +162,13 @@ def test_parts_are_those_of_the_clock(monkeypatch):
     assert learning["macs"] == (0, 16 * (d * hidden + hidden * 4 + 4 * d))  # of 16 patches
     assert sum(part["macs"][1] for part in (before, learning, after)) == tokenlearner.cost(model, SIZE).macs
     assert sum(part["macs"][0] for part in (before, learning, after)) == tokenlearner.cost(host, SIZE).macs
+    assert learning["weights"] == 4 * (2 * d + (d + 1) * hidden + (hidden + 1) * 4)
+    assert after["weights"] == 4 * sum(p.numel() for block in host.blocks[2:] for p in block.parameters())
+    assert before["weights"] == 4 * sum(p.numel() for p in model.parameters()) - learning["weights"] - after["weights"]
+
+
+def test_memory_is_read_at_a_plausible_rate():
+    assert 1e8 < performance.bytes_read_per_second(2**24) < 1e13
 
 
 # ---- the report
@@ -186,11 +194,12 @@ def test_the_report_says_where_the_time_goes(plan, tmp_path):
     """60 ms where the floor is 50: 5 too many before, 3 in learning, 2 after."""
     run(tmp_path / "performance.json")
     text = report(tmp_path)
-    assert "| up to the learner | 32.00 | 44.00 | 40.00 | 45.00 | +8.3% of the pass |" in text
-    assert "| learning the tokens | 1.60 |  | 2.00 | 5.00 | +5.0% of the pass |" in text
-    assert "| from there on | 6.40 | 56.00 | 8.00 | 10.00 | +3.3% of the pass |" in text
+    assert "| up to the learner | 32.00 | 44.00 | 40.00 | 45.00 | +8.3% of the pass | 10 MB | 5.00 |" in text
+    assert "| learning the tokens | 1.60 |  | 2.00 | 5.00 | +5.0% of the pass | 2 kB | 0.00 |" in text
+    assert "| from there on | 6.40 | 56.00 | 8.00 | 10.00 | +3.3% of the pass | 8 MB | 4.00 |" in text
     assert (
-        "In these passes 0.833 is realised; the last column adds up to the rest, most of it up to the learner." in text
+        "In these passes 0.833 is realised; what is above the floor adds up to the rest, mostly up to the learner. "
+        "Reading is at 2 GB/s" in text
     )
 
 
