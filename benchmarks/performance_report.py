@@ -9,6 +9,8 @@ from tokenlearner.inspection.summary import count
 
 from performance import AGAIN, LEARNED, OUTPUTS, PLANS, Case
 
+BENCHMARKS = Path(__file__).parent
+
 # Realised fractions we ask of ourselves, eager and in float32 on a CPU, by batch size.
 TARGETS = {8: 0.97, 1: 0.92}
 PRESSING = ("tome", "top-k", "average pooling")  # the peers that learned tokens should not be slower than
@@ -36,7 +38,8 @@ COLUMNS = (
 
 
 def write_report(path: Path, outputs: Mapping[str, Path] = OUTPUTS) -> None:
-    path.write_text("\n".join([HEADER, *(line for plan in outputs for line in section(plan, outputs[plan]))]))
+    sections = (line for plan in outputs for line in section(plan, outputs[plan]))
+    path.write_text("\n".join([HEADER, *sections, *kernels(), *reading(), *streaming()]))
 
 
 def section(plan: str, measured: Path) -> Iterator[str]:
@@ -114,6 +117,50 @@ def of_case(case: Case, rows: Mapping[tuple[str, str], Mapping[str, Any]]) -> It
         yield ""
         if "parts" in found.get(LEARNED, {}):
             yield from where_time_goes(found[LEARNED], i, size)
+
+
+def kernels(measured: Path = BENCHMARKS / "kernels.json") -> Iterator[str]:
+    yield "## Kernels\n"
+    if measured.exists():
+        yield f"Timed by `{json.loads(measured.read_text())['command']}`: `benchmarks/{measured.name}`.\n"
+    else:
+        yield (
+            "The Triton kernels of learner and fuser give the results of PyTorch's operations, which is tested without a "
+            "GPU. Not timed on one. Ready: `python benchmarks/kernels.py`, with the floors of bytes and of operations.\n"
+        )
+
+
+def reading() -> Iterator[str]:
+    """What the readers of pictures and of clips do in a second, beside bare Pillow and PyAV."""
+    pictures, videos = (json.loads((BENCHMARKS / f"{kind}_loading.json").read_text()) for kind in ("image", "video"))
+    yield "## Reading pictures and videos\n"
+    yield f"One process, one thread, {pictures['hardware']}; `{pictures['command']}` and `{videos['command']}`.\n"
+    yield from _head(("what", "a second", "of bare decoding and resizing", "of bare decoding"))
+    names = {
+        "evaluation": "for evaluation",
+        "training": "for training, with RandAugment and jitter",
+        "training_crops": "for training, crops and flips alone",
+    }
+    for key, name in names.items():
+        ratio = pictures["ratio_over"][key]
+        shares = (f"{ratio[bare]:.2f}" for bare in ("bare_resized", "bare"))
+        yield _line(
+            (f"pictures ({pictures['pictures']}) {name}", f"{pictures['pictures_per_second'][key]:.0f}", *shares)
+        )
+    for name, window in videos["windows"].items():
+        shares = (f"{window['ratio_over'][bare]:.2f}" for bare in ("bare_resized", "bare"))
+        yield _line((f"frames, {videos['what']}, {name}", f"{window['frames_per_second']['reader']:.0f}", *shares))
+    yield ""
+
+
+def streaming() -> Iterator[str]:
+    document = json.loads((BENCHMARKS / "streaming.json").read_text())
+    yield "## The tokens of a long video\n"
+    yield f"`tokenlearner tokens` on {document['what']}; `{document['command']}`.\n"
+    yield from _head(("minutes", "frames", "tokens, MB", "peak memory of the process, MB"))
+    for video in document["videos"]:
+        yield _line(video[key] for key in ("minutes", "frames", "tokens_mb", "peak_mb"))
+    yield ""
 
 
 def cells(entry: Mapping[str, Any]) -> tuple[str, ...]:

@@ -236,6 +236,12 @@ def test_a_met_target_is_met(plan, tmp_path, monkeypatch):
     assert "| tiny | 1 | 0.900 | 0.91 | missed by 0.010 |" in text
 
 
+def test_the_committed_report_is_of_the_committed_measurements(tmp_path):
+    write_report(tmp_path / "performance.md")
+    committed = performance.ROOT / "docs/performance.md"
+    assert committed.read_text() == (tmp_path / "performance.md").read_text(), "python benchmarks/performance.py report"
+
+
 def test_tiny_is_not_kept_by_mistake(monkeypatch, capsys):
     monkeypatch.setattr("sys.argv", ["performance.py", "tiny"])
     with pytest.raises(SystemExit):
