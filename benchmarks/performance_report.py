@@ -125,31 +125,35 @@ def kernels(measured: Path = BENCHMARKS / "kernels.json") -> Iterator[str]:
         yield f"Timed by `{json.loads(measured.read_text())['command']}`: `benchmarks/{measured.name}`.\n"
     else:
         yield (
-            "The Triton kernels of learner and fuser give the results of PyTorch's operations, which is tested without a "
-            "GPU. Not timed on one. Ready: `python benchmarks/kernels.py`, with the floors of bytes and of operations.\n"
+            "The Triton kernels of learner and fuser compute what PyTorch's operations do; that is tested without a GPU. "
+            "Not timed on one. Ready: `python benchmarks/kernels.py`, with the floors of bytes and of operations.\n"
         )
 
 
 def reading() -> Iterator[str]:
     """What the readers of pictures and of clips do in a second, beside bare Pillow and PyAV."""
     pictures, videos = (json.loads((BENCHMARKS / f"{kind}_loading.json").read_text()) for kind in ("image", "video"))
-    yield "## Reading pictures and videos\n"
-    yield f"One process, one thread, {pictures['hardware']}; `{pictures['command']}` and `{videos['command']}`.\n"
-    yield from _head(("what", "a second", "of bare decoding and resizing", "of bare decoding"))
+    commands = f"`{pictures['command']}` and `{videos['command']}`"
     names = {
         "evaluation": "for evaluation",
         "training": "for training, with RandAugment and jitter",
         "training_crops": "for training, crops and flips alone",
     }
-    for key, name in names.items():
-        ratio = pictures["ratio_over"][key]
-        shares = (f"{ratio[bare]:.2f}" for bare in ("bare_resized", "bare"))
-        yield _line(
-            (f"pictures ({pictures['pictures']}) {name}", f"{pictures['pictures_per_second'][key]:.0f}", *shares)
-        )
-    for name, window in videos["windows"].items():
-        shares = (f"{window['ratio_over'][bare]:.2f}" for bare in ("bare_resized", "bare"))
-        yield _line((f"frames, {videos['what']}, {name}", f"{window['frames_per_second']['reader']:.0f}", *shares))
+    rows = {
+        **{
+            f"pictures {names[key]}": (pictures["pictures_per_second"][key], pictures["ratio_over"][key])
+            for key in names
+        },
+        **{
+            f"frames, {name}": (window["frames_per_second"]["reader"], window["ratio_over"])
+            for name, window in videos["windows"].items()
+        },
+    }
+    yield "## Reading pictures and videos\n"
+    yield f"Pictures ({pictures['pictures']}): {pictures['what']}. Videos: {videos['what']}. By {commands}.\n"
+    yield from _head(("what", "a second", "of bare decoding and resizing", "of bare decoding"))
+    for name, (rate, ratio) in rows.items():
+        yield _line((name, f"{rate:.0f}", f"{ratio['bare_resized']:.2f}", f"{ratio['bare']:.2f}"))
     yield ""
 
 
