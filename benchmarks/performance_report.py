@@ -125,8 +125,8 @@ def kernels(measured: Path = BENCHMARKS / "kernels.json") -> Iterator[str]:
         yield f"Timed by `{json.loads(measured.read_text())['command']}`: `benchmarks/{measured.name}`.\n"
     else:
         yield (
-            "The Triton kernels of learner and fuser compute what PyTorch's operations do; that is tested without a GPU. "
-            "Not timed on one. Ready: `python benchmarks/kernels.py`, with the floors of bytes and of operations.\n"
+            "The Triton kernels of learner and fuser compute what PyTorch's operations do, as is tested without a GPU; "
+            "not timed on one. Ready: `python benchmarks/kernels.py`, with the floors of bytes and of operations.\n"
         )
 
 
