@@ -3,7 +3,8 @@
     python studies/compress/report.py --out runs/compress [runs/other]
 
 Every row of the table is one way to make the host cheaper: mean and sample deviation over the seeds, in points from the
-host, and the verdict on it beside TokenLearner with the same budget by the rule of ``tokenlearner.study``.
+host, and the verdict on it beside TokenLearner with the same budget by the rule of ``tokenlearner.study``. Last comes
+the mean of the same runs by their averaged weights.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ def summarise(rows: list[dict[str, str]]) -> list[dict[str, Any]]:
             "points": [round(point, 2) for point in points],
             "points_mean": round(statistics.mean(points), 2),
             "points_deviation": round(statistics.stdev(points), 2) if len(points) > 1 else None,
+            "points_averaged": round(statistics.mean(difference(run, "accuracy_averaged") for run in runs), 2),
             "macs_share": round(int(runs[0]["macs"]) / int(runs[0]["host_macs"]), 3),
             "speedup": round(
                 statistics.median(float(r["images_per_second"]) / float(r["host_images_per_second"]) for r in runs), 2
@@ -69,8 +71,8 @@ def summarise(rows: list[dict[str, str]]) -> list[dict[str, Any]]:
     return sorted(found, key=lambda e: (order.index(e["method"]), e["epochs"], e["budget"] != "macs", -e["macs_share"]))
 
 
-def difference(run: dict[str, str]) -> float:
-    return 100 * (float(run["accuracy"]) - float(run["host_accuracy"]))
+def difference(run: dict[str, str], score: str = "accuracy") -> float:
+    return 100 * (float(run[score]) - float(run["host_accuracy"]))
 
 
 def label_of(method: str, at: str, tokens: str) -> str:
@@ -81,7 +83,7 @@ def label_of(method: str, at: str, tokens: str) -> str:
 
 
 def table(summary: dict[str, Any]) -> str:
-    columns = ("", "equal", "epochs", "MACs", "images/s", "points from the host", "beside TokenLearner")
+    columns = ("", "equal", "epochs", "MACs", "images/s", "points from the host", "beside TokenLearner", "averaged")
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for entry in summary["methods"]:
         spread = "" if entry["points_deviation"] is None else f" ± {entry['points_deviation']:.2f}"
@@ -92,7 +94,8 @@ def table(summary: dict[str, Any]) -> str:
             verdict += f" ({against['verdict']}, margin {against['margin']:.2f})" if against["verdict"] else ""
         equal = {"macs": "MACs", "latency": "time"}[entry["budget"]] if entry["setting"] != "null" else ""
         cost = f"{entry['epochs']} | {entry['macs_share']:.2f}× | {entry['speedup']:.2f}×"
-        lines.append(f"| {entry['label']} | {equal} | {cost} | {entry['points_mean']:+.2f}{spread} | {verdict} |")
+        points = f"{entry['points_mean']:+.2f}{spread} | {verdict} | {entry['points_averaged']:+.2f}"
+        lines.append(f"| {entry['label']} | {equal} | {cost} | {points} |")
     return "\n".join(lines)
 
 
