@@ -79,7 +79,7 @@ def label_of(method: str, at: str, tokens: str) -> str:
     if not tokens:
         return LABELS[method]
     share = {"0.5": "½", "0.25": "¼", "0.75": "¾"}[at]
-    return f"{LABELS[method]}, {tokens} tokens at {share}"
+    return f"{LABELS[method]}, {tokens} token{'' if tokens == '1' else 's'} at {share}"
 
 
 def table(summary: dict[str, Any]) -> str:
