@@ -22,6 +22,7 @@ from typing import Any
 
 import tokenlearner
 from tokenlearner.core import TokenFuser, TokenLearner
+from tokenlearner.inspection.summary import command_line
 from tokenlearner.kernels import obstacle, use
 
 import timm
@@ -278,7 +279,7 @@ def main() -> None:
 
     best = ceilings()
     document: dict[str, Any] = {
-        "command": " ".join(["python", *sys.argv]),
+        "command": command_line("python benchmarks/kernels.py", sys.argv[1:]),
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
         "triton": triton.__version__,

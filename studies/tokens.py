@@ -13,7 +13,9 @@ STUDY = Study(
     title="How many tokens",
     question="How many learned tokens at half depth does it take?",
     run=from_scratch,
-    variants=lambda _: {"plain": ViT("plain ViT")} | {str(n): ViT(f"{n} tokens", tokens=n) for n in NUMBERS},
+    variants=lambda _: (
+        {"plain": ViT("plain ViT")} | {str(n): ViT(f"{n} tokens" if n > 1 else "1 token", tokens=n) for n in NUMBERS}
+    ),
     sizes=CIFAR10,
     draw=lambda axis, summary: against(
         axis, summary, {"tokens at ½": [(n, str(n)) for n in NUMBERS]}, xlabel="learned tokens", level="plain"

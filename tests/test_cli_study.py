@@ -79,7 +79,8 @@ def test_a_study_runs_and_tells_its_verdicts(run, place):
         ("few", "1"),
         ("many", "1"),
     ]
-    assert "--data DIR " in rows[0]["command"]
+    command = "tokenlearner study counting --studies DIR --data DIR --output DIR --runs DIR --seeds 0 1"
+    assert rows[0]["command"] == command
     assert {path.name for path in (place / "results").iterdir()} == {"counting.csv", "counting.json", "counting.png"}
 
     again = run("study", "counting", *options(place), "--seeds", 0, 1)

@@ -22,7 +22,6 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import shlex
 import sys
 import time
 from collections.abc import Iterator
@@ -35,7 +34,7 @@ from tokenlearner.data.images import LabelledImages, scan_class_folders
 from tokenlearner.evaluation.accuracy import evaluate
 from tokenlearner.inspection.cost import cost
 from tokenlearner.inspection.speed import measure_speed
-from tokenlearner.inspection.summary import git_commit, hardware
+from tokenlearner.inspection.summary import command_line, git_commit, hardware
 from tokenlearner.study import read_rows, write_rows
 from tokenlearner.study.pictures import InMemory, decoded
 from tokenlearner.training.build import start_maps
@@ -222,7 +221,7 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     results = args.out / "compress.csv"
-    command = shlex.join(["python", "studies/compress/train.py", *sys.argv[1:]])
+    command = command_line("python studies/compress/train.py", sys.argv[1:])
     host: Any = tokenlearner.load(args.host)
     host_epochs = json.loads((args.host / "recipe.json").read_text())["epochs"]
     test, sets = scan_class_folders(args.data / "val", host.label_names), in_memory(args.data, host)

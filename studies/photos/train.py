@@ -30,7 +30,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import shlex
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, as_completed
@@ -39,7 +38,7 @@ from pathlib import Path
 from typing import Any
 
 import tokenlearner
-from tokenlearner.inspection.summary import git_commit, hardware
+from tokenlearner.inspection.summary import command_line, git_commit, hardware
 from tokenlearner.study import read_rows, write_rows
 from tokenlearner.training.fit import quiet_lightning
 from tokenlearner.training.optim import build_optimizer, build_schedule
@@ -312,7 +311,7 @@ def main() -> None:
     if recorded.exists() and read_settings(recorded) != (what, settings):
         sys.exit(f"{out} holds runs of another data set or recipe ({recorded}); give another --out")
     recorded.write_text(json.dumps(what | asdict(settings), indent=2) + "\n")
-    stop_at, command = time.time() + 60 * given.minutes, shlex.join(["python", *sys.argv])
+    stop_at, command = time.time() + 60 * given.minutes, command_line("python studies/photos/train.py", sys.argv[1:])
     jobs = [
         Job(
             given.dataset,

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import shlex
 import sys
 import time
 from pathlib import Path
@@ -28,7 +27,7 @@ import tokenlearner
 from tokenlearner.data.annotations import read_clip_list
 from tokenlearner.data.clip_sources import Listing
 from tokenlearner.evaluation.accuracy import evaluate
-from tokenlearner.inspection.summary import git_commit, hardware
+from tokenlearner.inspection.summary import command_line, git_commit, hardware
 from tokenlearner.study import read_rows, write_rows
 from tokenlearner.training.recipe import load_recipe
 from tokenlearner.training.train import train
@@ -112,7 +111,7 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     results = args.out / "results.csv"
-    command = shlex.join(["python", "studies/ut_interaction/train.py", *sys.argv[1:]]).replace(str(args.data), "DIR")
+    command = command_line("python studies/ut_interaction/train.py", sys.argv[1:])
     rows: list[dict[str, Any]] = list(read_rows(results))
     done = {(row["model"], row["train_set"], int(row["seed"])) for row in rows}
     for seed in args.seeds:

@@ -4,7 +4,7 @@ import subprocess
 
 import pytest
 
-from tokenlearner.inspection.summary import git_commit
+from tokenlearner.inspection.summary import command_line, git_commit
 
 
 @pytest.fixture
@@ -47,3 +47,9 @@ def test_outside_of_a_repository_and_without_git_it_is_unknown(tmp_path, reposit
     monkeypatch.undo()
     monkeypatch.setenv("GIT_DIR", str(tmp_path / "nowhere"))
     assert git_commit(tmp_path) == "unknown"
+
+
+def test_a_command_line_tells_nothing_of_the_machine(tmp_path):
+    arguments = ["run", "--data", str(tmp_path), f"--out={tmp_path}", str(tmp_path / "mine.py"), "--at", "0.5", "a b"]
+    assert command_line("tool", arguments) == "tool run --data DIR --out=DIR DIR/mine.py --at 0.5 'a b'"
+    assert command_line("tool", []) == "tool"

@@ -1,6 +1,5 @@
 """The command that runs studies."""
 
-import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -33,6 +32,7 @@ def study(
 
     Example: `tokenlearner study placement --data sets`
     """
+    from tokenlearner.inspection.summary import command_line
     from tokenlearner.study.study import open_study, run_study, studies_in
 
     if list_all:
@@ -53,7 +53,7 @@ def study(
         seeds=seeds,
         only=variants,
         runs=runs,
-        command=shlex.join(["tokenlearner", *sys.argv[1:]]).replace(str(data), "DIR"),
+        command=command_line("tokenlearner", sys.argv[1:]),
         log=lambda line: print(line, file=report, flush=True),
     )
 

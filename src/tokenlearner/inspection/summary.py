@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import shlex
 import subprocess
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -118,6 +119,21 @@ def hardware() -> str:
     """The machine in words: processor, threads torch uses, GPU."""
     gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
     return f"{_processor()}, {torch.get_num_threads()} threads{gpu}"
+
+
+def command_line(program: str, arguments: Sequence[str]) -> str:
+    """The line that was typed, to be kept with what it measured: folders of this machine, which say nothing on another,
+    are ``DIR`` in it, and a file keeps its name.
+    """
+
+    def anywhere(argument: str) -> str:
+        option, equals, value = argument.rpartition("=") if argument.startswith("-") else ("", "", argument)
+        path = Path(value)
+        if not path.is_absolute():
+            return argument
+        return option + equals + (f"DIR/{path.name}" if path.suffix else "DIR")
+
+    return f"{program} {shlex.join(anywhere(argument) for argument in arguments)}".rstrip()
 
 
 def git_commit(folder: Path, of: Sequence[str] = ("src", "studies/*.py", "studies/*.yaml")) -> str:
