@@ -77,6 +77,7 @@ def against_targets(rows: Mapping[tuple[str, str], Mapping[str, Any]]) -> Iterat
             yield _line((case.name, size, f"{realised:.3f}", target, verdict, control, rate))
     yield ""
     yield from against_peers(rows)
+    yield from late_linears(rows)
 
 
 def against_peers(rows: Mapping[tuple[str, str], Mapping[str, Any]]) -> Iterator[str]:
@@ -93,6 +94,30 @@ def against_peers(rows: Mapping[tuple[str, str], Mapping[str, Any]]) -> Iterator
                 faster = ", ".join(n for n, s in zip(PRESSING, speedups[1:]) if s is not None and s > learned) or "none"
             cells = ("not run" if speedup is None else f"{speedup:.2f}×" for speedup in speedups)
             yield _line((case.name, size, *cells, faster))
+    yield ""
+
+
+def late_linears(rows: Mapping[tuple[str, str], Mapping[str, Any]]) -> Iterator[str]:
+    """What batch 1 would come to if the linear layers on learned tokens read their weights in other ways."""
+    document = json.loads((BENCHMARKS / "late_linears.json").read_text(encoding="utf-8"))
+    yield (
+        f"At batch 1 most of what is missing is in {document['what'].removesuffix(', float32')}: a product with so few "
+        f"rows takes as long as its weights take to read. `{document['command']}` times these layers alone; the last "
+        "column is what would be realised with them done so and all else as it was measured. Summing the weights does not "
+        "compute the layers: it is as fast as reading them gets, so no learner can realise more than that row here.\n"
+    )
+    yield from _head(("host", "way", "ms", "GB/s", "realised with it"))
+    for name, found in document["hosts"].items():
+        case = next(case for case in PLANS["cpu"] if case.has_parts and case.name == name)
+        row = rows.get((name, LEARNED))
+        as_is = next(iter(found["seconds"].values()))
+        for way, seconds in found["seconds"].items():
+            then = "not run"
+            if row is not None:
+                parts = row["parts"][case.batch_sizes.index(1)]
+                whole, (_, realised) = sum(part["seconds"][1] for part in parts), floors(parts)
+                then = f"{realised * whole / (whole - as_is + seconds):.2f}"
+            yield _line((name, way, f"{1e3 * seconds:.2f}", f"{found['weights'] / seconds / 1e9:.1f}", then))
     yield ""
 
 
@@ -181,19 +206,24 @@ def cells(entry: Mapping[str, Any]) -> tuple[str, ...]:
     )
 
 
+def floors(parts: Sequence[Mapping[str, Any]]) -> tuple[list[float], float]:
+    """The seconds that every part's MACs take at the host's own mean rate, and their sum's share of what it took."""
+    host_macs, host_seconds = (sum(part[key][0] for part in parts) for key in ("macs", "seconds"))
+    found = [part["macs"][1] * host_seconds / host_macs for part in parts]
+    return found, sum(found) / sum(part["seconds"][1] for part in parts)
+
+
 def where_time_goes(row: Mapping[str, Any], index: int, batch_size: int) -> Iterator[str]:
     """Each part's floor, its MACs at the host's own mean rate; what it took; and what its weights take to read."""
     parts, rate = row["parts"][index], row["bytes_read_per_second"]
-    host_macs, host_seconds = (sum(part[key][0] for part in parts) for key in ("macs", "seconds"))
-    whole = sum(part["seconds"][1] for part in parts)
+    whole, (of_parts, realised) = sum(part["seconds"][1] for part in parts), floors(parts)
     yield f"Where the pass with {LEARNED} goes; its floor is the host's own mean MACs a second:\n"
     yield from _head(
         ("part", "GMACs", "host, ms", "floor, ms", "measured, ms", "above the floor", "weights", "reading them, ms")
     )
     labels = {"before": "up to the learner", "learning": "learning the tokens", "after": "from there on"}
     above = {}
-    for part in parts:
-        floor = part["macs"][1] * host_seconds / host_macs
+    for part, floor in zip(parts, of_parts):
         plain, taken = part["seconds"]
         above[labels[part["part"]]] = taken - floor
         yield _line(
@@ -208,7 +238,7 @@ def where_time_goes(row: Mapping[str, Any], index: int, batch_size: int) -> Iter
                 f"{1e3 * part['weights'] / rate:.2f}",
             )
         )
-    realised, most = 1 - sum(above.values()) / whole, max(above, key=above.__getitem__)
+    most = max(above, key=above.__getitem__)
     yield (
         f"\nIn these passes {realised:.3f} is realised; what is above the floor adds up to the rest, mostly {most}. "
         f"Reading is at {rate / 1e9:.0f} GB/s, as fast as this machine sums a large tensor.\n"
