@@ -10,6 +10,7 @@ from tokenlearner.inspection.summary import count
 from performance import AGAIN, LEARNED, OUTPUTS, PLANS, Case
 
 BENCHMARKS = Path(__file__).parent
+LATE_LINEARS = BENCHMARKS / "late_linears.json"
 
 # Realised fractions we ask of ourselves, eager and in float32 on a CPU, by batch size.
 TARGETS = {8: 0.97, 1: 0.92}
@@ -99,25 +100,24 @@ def against_peers(rows: Mapping[tuple[str, str], Mapping[str, Any]]) -> Iterator
 
 def late_linears(rows: Mapping[tuple[str, str], Mapping[str, Any]]) -> Iterator[str]:
     """What batch 1 would come to if the linear layers on learned tokens read their weights in other ways."""
-    document = json.loads((BENCHMARKS / "late_linears.json").read_text(encoding="utf-8"))
+    document = json.loads(LATE_LINEARS.read_text(encoding="utf-8"))
     yield (
         f"At batch 1 most of what is missing is in {document['what'].removesuffix(', float32')}: a product with so few "
         f"rows takes as long as its weights take to read. `{document['command']}` times these layers alone; the last "
-        "column is what would be realised with them done so and all else as it was measured. Summing the weights does not "
-        "compute the layers: it is as fast as reading them gets, so no learner can realise more than that row here.\n"
+        "column is what would be realised with them done so and all else as it was measured. Summing the weights does "
+        "not compute the layers: it is as fast as reading them gets, so no learner can realise more than that row.\n"
     )
     yield from _head(("host", "way", "ms", "GB/s", "realised with it"))
-    for name, found in document["hosts"].items():
-        case = next(case for case in PLANS["cpu"] if case.has_parts and case.name == name)
-        row = rows.get((name, LEARNED))
-        as_is = next(iter(found["seconds"].values()))
+    for case in (case for case in PLANS["cpu"] if case.name in document["hosts"]):
+        found, row = document["hosts"][case.name], rows.get((case.name, LEARNED))
+        as_is, *_ = found["seconds"].values()
         for way, seconds in found["seconds"].items():
             then = "not run"
             if row is not None:
                 parts = row["parts"][case.batch_sizes.index(1)]
                 whole, (_, realised) = sum(part["seconds"][1] for part in parts), floors(parts)
                 then = f"{realised * whole / (whole - as_is + seconds):.2f}"
-            yield _line((name, way, f"{1e3 * seconds:.2f}", f"{found['weights'] / seconds / 1e9:.1f}", then))
+            yield _line((case.name, way, f"{1e3 * seconds:.2f}", f"{found['weights'] / seconds / 1e9:.1f}", then))
     yield ""
 
 
