@@ -9,6 +9,7 @@ from typing import Any
 import matplotlib as mpl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullLocator, StrMethodFormatter
 
 
 def draw_figure(
@@ -101,6 +102,10 @@ def scatter(axis: Axes, summary: Mapping[str, Any], x: str, xlabel: str, scale: 
         )
         axis.annotate(str(number), place, (4, 3), textcoords="offset points", fontsize=7)
     axis.margins(x=0.1, y=0.1)
+    axis.set_xscale("log")  # costs are compared by their ratios
+    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     axis.set_xlabel(xlabel)
     axis.set_ylabel("accuracy, %")
     if key:
