@@ -14,7 +14,9 @@ lose.
     OMP_NUM_THREADS=1 python studies/compress/train.py --host runs/host --data runs/cifar10-folders --out runs/compress
 
 A run that is in OUT/compress.csv is not done again, and one that was stopped is gone on with, so the same command
-continues after a stop. ``--methods``, ``--seeds``, ``--budgets`` and ``--only`` take part of it.
+continues after a stop. ``--methods``, ``--seeds``, ``--budgets`` and ``--only`` take part of it. Every run is timed
+beside the host when it is done; ``--time`` times the models of all of them together, on a machine that does nothing
+else.
 """
 
 from __future__ import annotations
@@ -209,6 +211,30 @@ def last_weights(folder: Path) -> dict[str, Any]:
     return {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
 
 
+def time_together(rows: list[dict[str, Any]], host: nn.Module, out: Path) -> list[dict[str, Any]]:
+    """``rows`` with the images a second of all their models measured anew, in turns in one process."""
+
+    def model_of(row: dict[str, Any]) -> tuple[str, str, str, str]:
+        """What its speed hangs on: not the seed, nor which of our ways it was trained."""
+        return ("tokenlearner" if row["method"] in OURS else row["method"], row["at"], row["tokens"], row["setting"])
+
+    models = {"host": copy.deepcopy(host)}
+    for row in rows:
+        method, at, tokens, _ = model_of(row)
+        run = Run(method, 0, 1, float(at or 0), int(tokens or 0), row["budget"])
+        models.setdefault(json.dumps(model_of(row)), made(run, host, setting_of(run, host, out)))
+    speeds = {speed.name: speed for speed in measure_speed(models, torch.randn(64, 3, 32, 32), rounds=25)}
+    base = speeds["host"].images_per_second
+    return [
+        {
+            **row,
+            "images_per_second": round(base * speeds[json.dumps(model_of(row))].ratio, 1),
+            "host_images_per_second": round(base, 1),
+        }
+        for row in rows
+    ]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--host", type=Path, required=True)
@@ -218,9 +244,13 @@ def main() -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--only", nargs="+", help="names of runs, as the column run has them")
     parser.add_argument("--budgets", nargs="+", choices=("macs", "latency"), default=["macs", "latency"])
+    parser.add_argument("--time", action="store_true", help="only time the models of all rows again, side by side")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     results = args.out / "compress.csv"
+    if args.time:
+        write_rows(results, time_together(list(read_rows(results)), tokenlearner.load(args.host), args.out))
+        return
     command = command_line("python studies/compress/train.py", sys.argv[1:])
     host: Any = tokenlearner.load(args.host)
     host_epochs = json.loads((args.host / "recipe.json").read_text())["epochs"]
