@@ -8,12 +8,13 @@ weights is the least that reading them can take.
 
 import json
 import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import tokenlearner  # noqa: F401 - before timm
+from tokenlearner.inspection.speed import seconds_in_turns
 from tokenlearner.inspection.summary import git_commit, hardware
 
 import timm
@@ -53,26 +54,24 @@ def measure(host: str) -> dict[str, Any]:
     blocks = timm.create_model(host).eval().blocks
     linears = [module for module in blocks[len(blocks) // 2 :].modules() if isinstance(module, nn.Linear)]
     inputs = {n: torch.randn(1, TOKENS, n) for n in {linear.in_features for linear in linears}}
+
+    def run(way: list[Callable[[Tensor], Tensor]]) -> list[Tensor]:
+        return [f(inputs[linear.in_features]) for f, linear in zip(way, linears)]
+
     found = ways(linears)
-    expected, *others = [
-        [f(inputs[at.in_features]) for f, at in zip(way, linears)] for way in list(found.values())[:-1]
-    ]
-    torch.testing.assert_close(others, [expected] * len(others), rtol=1e-4, atol=1e-4)
-    seconds: dict[str, list[float]] = {name: [] for name in found}
-    for _ in range(ROUNDS):  # in turn, so that what else the machine does falls on all of them
-        for name, way in found.items():
-            start = time.perf_counter()
-            for f, linear in zip(way, linears):
-                f(inputs[linear.in_features])
-            seconds[name].append(time.perf_counter() - start)
+    *results, _ = map(run, found.values())
+    torch.testing.assert_close(results[1:], results[:1] * len(results[1:]), rtol=1e-4, atol=1e-4)
+    passes = [partial(run, way) for way in found.values()]
+    # Once a round: a second call right after it would find a part of the weights in the cache.
+    seconds = seconds_in_turns(passes, torch.device("cpu"), rounds=ROUNDS, seconds_per_round=0.0)
     weights = 4 * sum(linear.weight.numel() for linear in linears)
-    return {"weights": weights, "seconds": {name: statistics.median(values) for name, values in seconds.items()}}
+    return {"weights": weights, "seconds": dict(zip(found, map(statistics.median, seconds)))}
 
 
 def main() -> None:
     document = {
         "command": "python benchmarks/late_linears.py",
-        "what": f"the linear layers from half depth on, {TOKENS} tokens, float32",
+        "what": f"the linear layers from half depth on, {TOKENS} tokens",
         "hardware": hardware(),
         "torch": torch.__version__,
         "commit": git_commit(OUTPUT.parent, ("src", "benchmarks/*.py")),

@@ -102,7 +102,7 @@ def late_linears(rows: Mapping[tuple[str, str], Mapping[str, Any]]) -> Iterator[
     """What batch 1 would come to if the linear layers on learned tokens read their weights in other ways."""
     document = json.loads(LATE_LINEARS.read_text(encoding="utf-8"))
     yield (
-        f"At batch 1 most of what is missing is in {document['what'].removesuffix(', float32')}: a product with so few "
+        f"At batch 1 most of what is missing is in {document['what']}: a product with so few "
         f"rows takes as long as its weights take to read. `{document['command']}` times these layers alone; the last "
         "column is what would be realised with them done so and all else as it was measured. Summing the weights does "
         "not compute the layers: it is as fast as reading them gets, so no learner can realise more than that row.\n"
@@ -111,12 +111,10 @@ def late_linears(rows: Mapping[tuple[str, str], Mapping[str, Any]]) -> Iterator[
     for case in (case for case in PLANS["cpu"] if case.name in document["hosts"]):
         found, row = document["hosts"][case.name], rows.get((case.name, LEARNED))
         as_is, *_ = found["seconds"].values()
+        parts = row["parts"][case.batch_sizes.index(1)] if row else []
+        whole = sum(part["seconds"][1] for part in parts)
         for way, seconds in found["seconds"].items():
-            then = "not run"
-            if row is not None:
-                parts = row["parts"][case.batch_sizes.index(1)]
-                whole, (_, realised) = sum(part["seconds"][1] for part in parts), floors(parts)
-                then = f"{realised * whole / (whole - as_is + seconds):.2f}"
+            then = f"{floors(parts)[1] * whole / (whole - as_is + seconds):.2f}" if row else "not run"
             yield _line((case.name, way, f"{1e3 * seconds:.2f}", f"{found['weights'] / seconds / 1e9:.1f}", then))
     yield ""
 

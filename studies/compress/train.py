@@ -125,10 +125,14 @@ def setting_of(run: Run, host: nn.Module, out: Path) -> Any:
     elif key not in known:
         known[key] = at_latency(run.method, host, known["latency"], torch.randn(64, 3, 32, 32), rounds=9)._asdict()
     file.write_text(json.dumps(known, indent=1))
-    setting = known[key]["setting"]
+    return from_json(run.method, known[key]["setting"])
+
+
+def from_json(method: str, setting: Any) -> Any:
+    """The setting of a peer as it takes it, whose lists and numbers JSON has changed."""
     if isinstance(setting, dict):  # JSON's keys are strings
         return {int(layer): kept for layer, kept in setting.items()}
-    return tuple(setting) if isinstance(setting, list) and run.method != "tome" else setting
+    return tuple(setting) if isinstance(setting, list) and method != "tome" else setting
 
 
 def recipe_of(run: Run, base: Recipe) -> Recipe:
@@ -211,24 +215,25 @@ def last_weights(folder: Path) -> dict[str, Any]:
     return {name.removeprefix("model."): value for name, value in state.items() if name.startswith("model.")}
 
 
-def time_together(rows: list[dict[str, Any]], host: nn.Module, out: Path) -> list[dict[str, Any]]:
+def time_together(rows: list[dict[str, Any]], host: nn.Module) -> list[dict[str, Any]]:
     """``rows`` with the images a second of all their models measured anew, in turns in one process."""
 
-    def model_of(row: dict[str, Any]) -> tuple[str, str, str, str]:
+    def model_of(row: dict[str, Any]) -> str:
         """What its speed hangs on: not the seed, nor which of our ways it was trained."""
-        return ("tokenlearner" if row["method"] in OURS else row["method"], row["at"], row["tokens"], row["setting"])
+        method = "tokenlearner" if row["method"] in OURS else row["method"]
+        return method if method == "host" else " ".join((method, row["at"], row["tokens"], row["setting"]))
 
-    models = {"host": copy.deepcopy(host)}
+    models = {"host": host}
     for row in rows:
-        method, at, tokens, _ = model_of(row)
-        run = Run(method, 0, 1, float(at or 0), int(tokens or 0), row["budget"])
-        models.setdefault(json.dumps(model_of(row)), made(run, host, setting_of(run, host, out)))
+        if model_of(row) not in models:
+            run = Run(row["method"], 0, 1, float(row["at"] or 0), int(row["tokens"] or 0))
+            models[model_of(row)] = made(run, host, from_json(run.method, json.loads(row["setting"])))
     speeds = {speed.name: speed for speed in measure_speed(models, torch.randn(64, 3, 32, 32), rounds=25)}
     base = speeds["host"].images_per_second
     return [
         {
             **row,
-            "images_per_second": round(base * speeds[json.dumps(model_of(row))].ratio, 1),
+            "images_per_second": round(base * speeds[model_of(row)].ratio, 1),
             "host_images_per_second": round(base, 1),
         }
         for row in rows
@@ -249,7 +254,7 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     results = args.out / "compress.csv"
     if args.time:
-        write_rows(results, time_together(list(read_rows(results)), tokenlearner.load(args.host), args.out))
+        write_rows(results, time_together(list(read_rows(results)), tokenlearner.load(args.host)))
         return
     command = command_line("python studies/compress/train.py", sys.argv[1:])
     host: Any = tokenlearner.load(args.host)
