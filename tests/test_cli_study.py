@@ -104,7 +104,7 @@ def test_a_study_file_and_some_of_its_variants(run, place):
 @pytest.mark.parametrize(
     ("arguments", "data", "sentence"),
     [
-        ([], "data", "give the NAME of a study and --data, or --list to see the studies"),
+        ([], "data", "give the NAME of a study, or --list to see the studies"),
         (["other"], "data", "there is no study {place}/studies/other.py; there are: counting"),
         (["counting", "--variants", "none"], "data", "counting has no variant 'none'; it has few, many"),
         (["counting", "--size", "gpu"], "data", "counting has no size 'gpu'; it has cpu"),
@@ -118,9 +118,9 @@ def test_bad_input_gets_one_sentence(run, place, arguments, data, sentence):
     assert refused == (1, "", f"tokenlearner: {sentence.format(place=place)}\n")
 
 
-def test_a_name_needs_data(run, place):
-    refused = run("study", "counting", "--studies", place / "studies")
-    assert refused == (1, "", "tokenlearner: give the NAME of a study and --data, or --list to see the studies\n")
+def test_a_study_that_needs_no_files_needs_no_data_folder(run, place, monkeypatch):
+    monkeypatch.chdir(place)
+    assert run("study", "counting").code == 0
 
 
 @pytest.mark.parametrize("arguments", [["--size", "tpu"], ["--seeds", "one"], ["--sseds", "1"]])

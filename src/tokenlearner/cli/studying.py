@@ -16,7 +16,9 @@ def study(
     name: str | None = None,
     *,
     list_all: Annotated[bool, Parameter(name="--list", negative="", help="Name the studies there are.")] = False,
-    data: Annotated[Path | None, Parameter(help="Folder with the sets, a folder each: cifar10, flowers, …")] = None,
+    data: Annotated[
+        Path, Parameter(help="Folder with the sets, a folder each: cifar10, flowers, …; moving digits need none.")
+    ] = Path("."),
     size: Annotated[Literal["cpu", "gpu"], Parameter(help="Minutes a run on a core, or for a GPU.")] = "cpu",
     seeds: Annotated[tuple[int, ...], Parameter(consume_multiple=True)] = (0, 1, 2),
     variants: Annotated[tuple[str, ...], Parameter(consume_multiple=True, help="Run these alone.")] = (),
@@ -41,8 +43,8 @@ def study(
         rows = [(stem, it.title, it.question) for stem, it in found.items()]
         show(document, json, lambda: print_table(("study", "title", "question"), rows))
         return
-    if name is None or data is None:
-        raise InputError("give the NAME of a study and --data, or --list to see the studies")
+    if name is None:
+        raise InputError("give the NAME of a study, or --list to see the studies")
     report = sys.stderr if json else sys.stdout
     summary = run_study(
         Path(name).stem,
