@@ -18,7 +18,7 @@ def study(
     list_all: Annotated[bool, Parameter(name="--list", negative="", help="Name the studies there are.")] = False,
     data: Annotated[
         Path, Parameter(help="Folder with the sets, a folder each: cifar10, flowers, …; moving digits need none.")
-    ] = Path("."),
+    ] = Path(),
     size: Annotated[Literal["cpu", "gpu"], Parameter(help="Minutes a run on a core, or for a GPU.")] = "cpu",
     seeds: Annotated[tuple[int, ...], Parameter(consume_multiple=True)] = (0, 1, 2),
     variants: Annotated[tuple[str, ...], Parameter(consume_multiple=True, help="Run these alone.")] = (),

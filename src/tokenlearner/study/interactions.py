@@ -32,8 +32,8 @@ def interactions(data: Path, of_set: str, sequences: Collection[int] = SEQUENCES
     path = data / FOLDER / "clips.csv"
     if not path.is_file():
         raise InputError(
-            f"the data folder {data} must hold UT-Interaction as {FOLDER}/clips.csv, with columns file, label, name, set "
-            "and sequence, and the files beside it"
+            f"the data folder {data} must hold UT-Interaction as {FOLDER}/clips.csv, with columns file, label, name, "
+            "set and sequence, and the files beside it"
         )
     return read_clip_list(
         path, keep=lambda row: row["name"] != "other" and row["set"] == of_set and int(row["sequence"]) in sequences

@@ -162,8 +162,8 @@ def sets_of(data: Path, settings: Pictures, side: int) -> tuple[InMemory, InMemo
     parts = parts_of(data / settings.data)
     if parts is None:
         raise InputError(
-            f"the data folder {data} must hold the set as {settings.data}/train and {settings.data}/test (or val), a folder a class; "
-            "studies/npz_to_folders.py writes them"
+            f"the data folder {data} must hold the set as {settings.data}/train and {settings.data}/test (or val), "
+            "a folder a class; studies/npz_to_folders.py writes them"
         )
     train, held_out = parts
     pixels, labels, classes = decoded(train, side, settings.most)
