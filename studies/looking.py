@@ -9,7 +9,8 @@ each token's mean over all frames in place of its maps, and only what goes beyon
 Each of the seeds 0 to 9 takes one of set 2's ten sequences, six clips each. So the deviation of a trained model, of
 which there is one, is over sequences alone; that of a new TokenLearner and of an untrained model is over their first
 weights too. Folders that ``studies/ut_interaction/train.py`` left in ``runs/ut-interaction`` are looked at as well, its
-three trainings in turn. Give all ten seeds, for the clips differ much.
+three trainings in turn, so their deviation is over trainings and sequences. Give all ten seeds, for the clips differ
+much.
 
 Paper: claim 8 is shown by figures only.
 """
@@ -49,6 +50,7 @@ MODELS = (
     ("image", "ViT of CIFAR-10", "tokenlearner_micro4_32_8at2_mlp.cifar10"),
 )
 RUNS = Path("runs/ut-interaction")
+TRAINED = (("x2plus1d-tl8", "X(2+1)D, three trainings"), ("vivit-tl8", "ViViT, three trainings"))
 SEQUENCES = range(11, 21)  # of set 2
 TRAININGS = 3
 
@@ -227,27 +229,34 @@ def variants(_: Frames) -> dict[str, Looker]:
             f"{name} new": Looker(f"{label}, new TokenLearner", model, "new"),
             f"{name} untrained": Looker(f"{label}, untrained", model, "untrained"),
         }
-    for name, label in (("x2plus1d-tl8", "X(2+1)D"), ("vivit-tl8", "ViViT")):
-        if (RUNS / f"{name}-set1-seed0").is_dir():
-            found[name] = Looker(f"{label}, {TRAININGS} trainings", f"{RUNS}/{name}-set1-seed{{seed}}")
+    for name, label in TRAINED:
+        if all((RUNS / f"{name}-set1-seed{seed}").is_dir() for seed in range(TRAININGS)):
+            folders = f"{RUNS}/{name}-set1-seed{{seed}}"
+            found |= {
+                f"{name} trained": Looker(label, folders),
+                f"{name} still": Looker(f"{label}, mean maps", folders, still=True),
+            }
     return found
 
 
+FLAT = ("flat ones", "flat")
+NEW = ("a new TokenLearner's", "{} new")
+UNTRAINED = ("an untrained model's", "{} untrained")
+STILL = ("their own mean over all frames", "{} still")
+LOOKED_AT = (
+    *((name, f"a trained {label}", (FLAT, NEW, UNTRAINED, STILL)) for name, label, _ in MODELS),
+    *((name, label, (FLAT, STILL)) for name, label in TRAINED),
+)
 CLAIMS = tuple(
     Claim(
         8,
-        f"Maps of a trained {label} lie on what moves more than {those}",
+        f"Maps of {label} lie on what moves more than {those}",
         f"{name} trained",
         second.format(name),
         "shown in figures, no number",
     )
-    for name, label, _ in MODELS
-    for those, second in (
-        ("flat ones", "flat"),
-        ("a new TokenLearner's", "{} new"),
-        ("an untrained model's", "{} untrained"),
-        ("their own mean over all frames", "{} still"),
-    )
+    for name, label, beside in LOOKED_AT
+    for those, second in beside
 )
 
 STUDY = Study(

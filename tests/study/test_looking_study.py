@@ -159,14 +159,14 @@ def test_an_image_model_sees_frame_by_frame_and_a_video_model_clip_by_clip(data)
 def test_trainings_that_are_there_are_looked_at_too(data, tmp_path, monkeypatch):
     """A ViViT whose slices are of two frames: three trainings, of which a seed takes one."""
     monkeypatch.setattr(STUDIED, "RUNS", tmp_path)
-    assert "vivit-tl8" not in STUDY.variants(FRAMES)
+    assert "vivit-tl8 trained" not in STUDY.variants(FRAMES)
     prepared = Preprocessing((3, 16, 16), (0.5,) * 3, (0.2,) * 3, frames=4, fps=5.0)
     for training in range(3):
         model = ViViT(16, 8, num_frames=4, num_classes=2, embed_dim=16, depth=2, num_heads=2)
         tokenlearner.insert(model, 2 + training, 1)
         tokenlearner.save(model, tmp_path / f"vivit-tl8-set1-seed{training}", preprocessing=prepared)
-    variant = STUDY.variants(FRAMES)["vivit-tl8"]
-    assert "x2plus1d-tl8" not in STUDY.variants(FRAMES)
+    variant = STUDY.variants(FRAMES)["vivit-tl8 trained"]
+    assert "x2plus1d-tl8 trained" not in STUDY.variants(FRAMES)
     models = [STUDIED.model_of(variant, seed)[0] for seed in (0, 2, 4)]
     assert [next(iter(learners(m).values())).num_tokens for m in models] == [2, 4, 3]
     row = STUDIED.look(a_job(data, variant, replace(FRAMES, frames=8, fps=1.0)))  # the model's own are taken
