@@ -50,7 +50,7 @@ MODELS = (
     ("image", "ViT of CIFAR-10", "tokenlearner_micro4_32_8at2_mlp.cifar10"),
 )
 RUNS = Path("runs/ut-interaction")
-TRAINED = (("x2plus1d-tl8", "X(2+1)D, three trainings"), ("vivit-tl8", "ViViT, three trainings"))
+TRAINED = (("x2plus1d-tl8", "X(2+1)D (three trainings)"), ("vivit-tl8", "ViViT (three trainings)"))
 SEQUENCES = range(11, 21)  # of set 2
 TRAININGS = 3
 
