@@ -1,7 +1,6 @@
 """What tokens look at in clips: which frames, whose maps, and the measures of maps that are known."""
 
 import csv
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -16,12 +15,12 @@ from tokenlearner.insertion.insert import learners
 from tokenlearner.insertion.saving import Preprocessing
 from tokenlearner.inspection.looking import on_grid
 from tokenlearner.models.vivit import ViViT
+from tokenlearner.study import looking
 from tokenlearner.study.interactions import interactions
 from tokenlearner.study.study import Job, open_study, run_study
 
-STUDY = open_study("looking", Path(__file__).parents[2] / "studies")
-STUDIED: Any = sys.modules["tokenlearner_study_looking"]
-FRAMES = STUDIED.Frames(frames=4, fps=5.0, side=48, short_side=48, gap=0.4)
+STUDY, TRAINED = (open_study(name, Path(__file__).parents[2] / "studies") for name in ("looking", "looking_trained"))
+FRAMES = looking.Frames(frames=4, fps=5.0, side=48, short_side=48, gap=0.4)
 VARIANTS = STUDY.variants(FRAMES)
 
 
@@ -39,7 +38,7 @@ def a_job(data: Path, variant: Any, settings: Any = FRAMES, seed: int = 0) -> Jo
 
 def test_frames_and_what_moves_in_them(data):
     """The clip has 16 frames at 10 a second: 4 at 5 a second begin at 0.4 s, so 0, 2, 4 and 6 after frame 4."""
-    still, moving = (next(STUDIED.windows_of(file, FRAMES)) for file in interactions(data, "2", [11]).files)
+    still, moving = (next(looking.windows_of(file, FRAMES)) for file in interactions(data, "2", [11]).files)
     assert not still[1].any()
     pixels, where = moving
     assert pixels.shape == (4, 3, 48, 48)
@@ -55,23 +54,23 @@ def test_frames_and_what_moves_in_them(data):
 
 
 def test_windows_and_crops_follow_each_other(data):
-    several = list(STUDIED.windows_of(interactions(data, "2", [11]).files[1], replace(FRAMES, windows=2, crops=2)))
+    several = list(looking.windows_of(interactions(data, "2", [11]).files[1], replace(FRAMES, windows=2, crops=2)))
     lefts = [float((pixels[0, 0] > 0.5).nonzero()[:, 1].float().min()) for pixels, _ in several]
     # Windows from 0.2 and 0.6 s on show frames 2 and 6; the crops begin at columns 0 and 16, and cut the square off.
     assert lefts == pytest.approx([6, 18, 0, 2], abs=1)
 
 
 def test_every_seed_has_a_sequence(data):
-    assert len(STUDIED.seen(data, 0, FRAMES).pixels) == len(STUDIED.seen(data, 1, FRAMES).pixels) == 2
+    assert len(looking.seen(data, 0, FRAMES).pixels) == len(looking.seen(data, 1, FRAMES).pixels) == 2
     with pytest.raises(InputError, match="there are 10 sequences, for the seeds 0 to 9, not 10"):
-        STUDIED.seen(data, 10, FRAMES)
+        looking.seen(data, 10, FRAMES)
 
 
 # ---- measures
 
 
 def test_flat_maps_measure_one(data):
-    row = STUDIED.look(a_job(data, VARIANTS["flat"]))
+    row = looking.look(a_job(data, VARIANTS["flat"]))
     assert (row["lift"], row["evenness"], row["half_mass"], row["overlap"], row["stability"]) == (1, 1, 0.5, 1, 1)
     assert (row["windows"], row["frames_that_move"], row["learners"]) == (2, 4, 1)
     square = SIDE**2 / HEIGHT**2
@@ -87,14 +86,14 @@ def test_maps_that_follow_beat_their_own_means():
     away = torch.zeros(1, 4, 3, 6)
     away[:, :, 0, 0] = 1
     maps = torch.stack([on, torch.ones(1, 4, 3, 6), away], dim=2)
-    found = STUDIED.measured(maps, moving, 0.01)
+    found = looking.measured(maps, moving, 0.01)
     assert found["lift"] == pytest.approx((18 + 1 + 0) / 3)
     assert found["lift_of_best_token"] == pytest.approx(18)
     assert found["stability"] == pytest.approx((0 + 1 + 1) / 3)
     assert found["overlap"] == pytest.approx((1 / 18 + 0 + 1 / 18) / 3)
-    means = STUDIED.averaged(maps)
+    means = looking.averaged(maps)
     torch.testing.assert_close(means[0, 2, 0, 1], torch.tensor([0.25, 0.25, 0.25, 0.25, 0.0, 0.0]))
-    found = STUDIED.measured(means, moving, 0.01)
+    found = looking.measured(means, moving, 0.01)
     assert found["lift_of_best_token"] == pytest.approx(18 / 4)
     assert found["stability"] == pytest.approx(1)
 
@@ -105,9 +104,9 @@ def test_frames_in_which_nothing_moves_do_not_count():
     maps = torch.zeros(2, 3, 2, 2, 2)
     maps[..., 1, 1] = 1  # never on it
     maps[0, 1] = torch.tensor([[1.0, 0], [0, 0]])
-    assert STUDIED.measured(maps, moving, 0.01)["lift"] == pytest.approx(4)
+    assert looking.measured(maps, moving, 0.01)["lift"] == pytest.approx(4)
     with pytest.raises(InputError, match="of no frame of these clips 30% moves"):
-        STUDIED.measured(maps, moving, 0.3)
+        looking.measured(maps, moving, 0.3)
 
 
 # ---- whose maps
@@ -116,7 +115,7 @@ def test_frames_in_which_nothing_moves_do_not_count():
 @pytest.mark.parametrize("name", ["video", "image"])
 def test_new_and_untrained_models_differ_where_they_should(name):
     def weights(state: str, seed: int) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-        model, _ = STUDIED.model_of(VARIANTS[f"{name} {state}"], seed)
+        model, _ = looking.model_of(VARIANTS[f"{name} {state}"], seed)
         state_dict = model.state_dict()
         inserted = {key for key in state_dict if "token_learner" in key or ".learner." in key}
         assert inserted
@@ -138,39 +137,40 @@ def test_new_and_untrained_models_differ_where_they_should(name):
 
 
 def test_an_image_model_sees_frame_by_frame_and_a_video_model_clip_by_clip(data):
-    pixels = STUDIED.seen(data, 0, STUDIED.Frames(fps=10.0)).pixels
-    model, prepared = STUDIED.model_of(VARIANTS["image trained"], 0)
+    pixels = looking.seen(data, 0, looking.Frames(fps=10.0)).pixels
+    model, prepared = looking.model_of(VARIANTS["image trained"], 0)
     mean, std = (torch.tensor(values)[:, None, None] for values in (prepared.mean, prepared.std))
-    (maps,) = STUDIED.maps_of(model, prepared, pixels)
+    (maps,) = looking.maps_of(model, prepared, pixels)
     assert maps.shape == (2, 8, 8, 8, 8)
     small = torch.nn.functional.interpolate(pixels[1, 5:6], size=(32, 32), mode="bilinear", antialias=True)
     expected = tokenlearner.attention_maps(model, (small - mean) / std)[2]
     torch.testing.assert_close(maps[1, 5:6], expected, atol=1e-5, rtol=1e-4)
 
-    model, prepared = STUDIED.model_of(VARIANTS["video trained"], 0)
+    model, prepared = looking.model_of(VARIANTS["video trained"], 0)
     mean, std = (torch.tensor(values)[:, None, None] for values in (prepared.mean, prepared.std))
-    found = STUDIED.maps_of(model, prepared, pixels)
+    found = looking.maps_of(model, prepared, pixels)
     expected = tokenlearner.attention_maps(model, ((pixels[1:] - mean) / std).transpose(1, 2))
     assert len(found) == len(expected) == 3
     for i, maps in enumerate(found):
         torch.testing.assert_close(maps[1:], expected[i], atol=1e-5, rtol=1e-4)
 
 
-def test_trainings_that_are_there_are_looked_at_too(data, tmp_path, monkeypatch):
-    """A ViViT whose slices are of two frames: three trainings, of which a seed takes one."""
-    monkeypatch.setattr(STUDIED, "RUNS", tmp_path)
-    assert "vivit-tl8 trained" not in STUDY.variants(FRAMES)
+def test_a_seed_takes_one_of_three_trainings(data, tmp_path, monkeypatch):
+    """Of a ViViT whose slices are of two frames."""
+    monkeypatch.chdir(tmp_path)
+    variant = TRAINED.variants(FRAMES)["vivit trained"]
+    with pytest.raises(InputError, match="runs/ut-interaction/vivit-tl8-set1-seed0"):
+        looking.model_of(variant, 0)
     prepared = Preprocessing((3, 16, 16), (0.5,) * 3, (0.2,) * 3, frames=4, fps=5.0)
     for training in range(3):
         model = ViViT(16, 8, num_frames=4, num_classes=2, embed_dim=16, depth=2, num_heads=2)
         tokenlearner.insert(model, 2 + training, 1)
-        tokenlearner.save(model, tmp_path / f"vivit-tl8-set1-seed{training}", preprocessing=prepared)
-    variant = STUDY.variants(FRAMES)["vivit-tl8 trained"]
-    assert "x2plus1d-tl8 trained" not in STUDY.variants(FRAMES)
-    models = [STUDIED.model_of(variant, seed)[0] for seed in (0, 2, 4)]
+        folder = Path(f"runs/ut-interaction/vivit-tl8-set1-seed{training}")
+        tokenlearner.save(model, folder, preprocessing=prepared)
+    models = [looking.model_of(variant, seed)[0] for seed in (0, 2, 4)]
     assert [next(iter(learners(m).values())).num_tokens for m in models] == [2, 4, 3]
-    row = STUDIED.look(a_job(data, variant, replace(FRAMES, frames=8, fps=1.0)))  # the model's own are taken
-    flat = STUDIED.look(a_job(data, VARIANTS["flat"]))
+    row = looking.look(a_job(data, variant, replace(FRAMES, frames=8, fps=1.0)))  # the model's own are taken
+    flat = looking.look(a_job(data, VARIANTS["flat"]))
     assert row["frames_that_move"] == flat["frames_that_move"] / 2 == 2  # slices
     assert row["area_that_moves"] == flat["area_that_moves"]
 

@@ -36,7 +36,7 @@ Pool = Literal["sum", "mean", "softmax"]
 KINDS: tuple[str, ...] = get_args(Kind)
 
 # How each α form pools; the first entry is the paper's. "softmax" is a weighted sum with weights that sum to one.
-_POOLS: dict[str, tuple[str, ...]] = {
+_POOLS: dict[str, tuple[Pool, ...]] = {
     "conv": ("sum", "mean"),
     "mlp": ("softmax",),
     "conv1": ("mean", "sum"),
