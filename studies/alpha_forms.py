@@ -21,8 +21,30 @@ STUDY = Study(
     sizes=CIFAR10,
     draw=bars,
     claims=(
-        Claim(7, "conv maps beat a fixed grid", "conv", "grid", "59.6 and 58.8 mAP"),
-        Claim(7, "A fixed grid is at least as good as averages", "grid", "average", "58.8 and 58.6 mAP", "at least"),
-        Claim(7, "Averages beat one dense layer over positions", "average", "dense", "58.6 and 56.6 mAP"),
+        Claim(
+            7,
+            "In an image ViT conv maps beat a fixed grid",
+            "conv",
+            "grid",
+            "not printed for images; in the bottleneck model 59.6 and 58.8 mAP",
+            decides=False,
+        ),
+        Claim(
+            7,
+            "In an image ViT a fixed grid is at least as good as averages",
+            "grid",
+            "average",
+            "not printed for images; in the bottleneck model 58.8 and 58.6 mAP",
+            "at least",
+            decides=False,
+        ),
+        Claim(
+            7,
+            "In an image ViT averages beat one dense layer over positions",
+            "average",
+            "dense",
+            "not printed for images; in the bottleneck model 58.6 and 56.6 mAP",
+            decides=False,
+        ),
     ),
 )

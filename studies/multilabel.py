@@ -175,6 +175,7 @@ STUDY = Study(
             "not printed",
             "about",
             2.0,
+            decides=False,
         ),
     ),
 )

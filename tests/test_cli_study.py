@@ -110,10 +110,14 @@ def test_a_study_file_and_some_of_its_variants(run, place):
         (["counting", "--size", "gpu"], "data", "counting has no size 'gpu'; it has cpu"),
         (["counting"], "nowhere", "there is no folder {place}/nowhere of data"),
         (["counting"], "empty", "{place}/empty is empty"),
+        (["counting", "--seeds", "-1"], "data", "a seed must be from 0 to 2^32 - 1, not -1"),
+        (["broken"], "data", "{place}/studies/broken.py can't be read as a study: NameError: name 'x' is not defined"),
     ],
-    ids=["no name", "unknown", "variant", "size", "no data", "refused by the run"],
+    ids=["no name", "unknown", "variant", "size", "no data", "refused by the run", "seed", "broken"],
 )
 def test_bad_input_gets_one_sentence(run, place, arguments, data, sentence):
+    if arguments == ["broken"]:
+        (place / "studies/broken.py").write_text("STUDY = x\n")
     refused = run("study", *arguments, *options(place, data))
     assert refused == (1, "", f"tokenlearner: {sentence.format(place=place)}\n")
 
@@ -126,3 +130,21 @@ def test_a_study_that_needs_no_files_needs_no_data_folder(run, place, monkeypatc
 @pytest.mark.parametrize("arguments", [["--size", "tpu"], ["--seeds", "one"], ["--sseds", "1"]])
 def test_bad_usage_is_exit_code_2(run, place, arguments):
     assert run("study", "counting", *options(place), *arguments).code == 2
+
+
+def test_what_is_in_the_way_is_said(run, place):
+    (place / "results").touch()
+    refused = run("study", "counting", *options(place))
+    assert (
+        refused.err == f"tokenlearner: {place}/results is a file: give a folder for the CSV, the JSON and the figure\n"
+    )
+    (place / "results").unlink()
+    (place / "results").mkdir()
+    (place / "results/counting.csv").write_text("a,b\n1,2\n")
+    assert "is no table of a study's runs" in run("study", "counting", *options(place)).err
+    (place / "results/counting.csv").unlink()
+    assert run("study", "counting", *options(place)).code == 0
+    next((place / "runs").glob("*/row.json")).write_text("{")
+    (place / "results/counting.csv").unlink()
+    assert "row.json is not readable JSON" in run("study", "counting", *options(place)).err
+    assert "there are no studies in" in run("study", "--list", "--studies", place / "data").err

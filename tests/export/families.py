@@ -53,6 +53,13 @@ def of_timm(architecture: str, kind: str = "mlp", fuser: str | None = None, **op
     return ready(inserted(host, 4, 0, kind, fuser))
 
 
+def on_convolutions(architecture: str, side: int) -> nn.Module:
+    """Of a host by its name, whose stem is that of its size: two layers on 4×4 features of a network before it."""
+    host = timm.create_model(architecture, img_size=side, depth=2, num_classes=5).eval()
+    shake(*host.parameters())
+    return ready(inserted(host, 4, 1), Preprocessing(input_size=(3, side, side)))
+
+
 def of_transformers(name: str, config: str, *, clips: bool = False, **options: object) -> nn.Module:
     import transformers
 
@@ -106,6 +113,8 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "relative positions, gate, unpool": partial(of_timm, "vit_relpos_small_patch16_224", "gate", "unpool"),
     "NaFlex, grid": partial(of_timm, "naflexvit_base_patch16_gap", "grid"),
     "CaiT, average": partial(of_timm, "cait_xxs24_224", "average"),
+    "on a ResNet": partial(on_convolutions, "vit_tiny_r_s16_p8_224", 128),
+    "ViTamin": partial(on_convolutions, "vitamin_small_224", 64),
     "SigLIP, headless": partial(of_timm, "vit_base_patch16_siglip_224", num_classes=0),
     **OF_TRANSFORMERS,
 }

@@ -148,7 +148,7 @@ REFUSED = {
     "no weights": (without_weights, "the model in .* can't be loaded: "),
     "no host": (
         of_another_class,
-        "has a ViTMAEModel, which is not served; of transformers' models these are: ViTModel",
+        "has a ViTMAEModel, which is not served: it keeps a random part of the patches",
     ),
     "inserted inside": (inserted_inside, "they also have .*token_learner.*; insert into the model that is saved"),
     "another class": (with_another_head, "not those of the TokenLearnerDeiTForImageClassification .* says: they lack "),

@@ -208,6 +208,23 @@ def test_maps_and_cost(family):
     assert tokenlearner.cost(model, (3, 32, 32)).tokens == (16 + count,) * 2 + (4 + count,) * 2
 
 
+@pytest.mark.parametrize(("architecture", "side"), [("vit_tiny_r_s16_p8_224", 128), ("vitamin_small_224", 64)])
+def test_hosts_on_convolutional_features(architecture, side, tmp_path):
+    """A ResNet's, and ViTamin's: tokens are learned from the 4×4 features of the network before the layers."""
+    host = timm.create_model(architecture, img_size=side, depth=2, num_classes=5).eval()
+    x = torch.randn(2, 3, side, side)
+    plain, keys = host(x), list(host.state_dict())
+    model = tokenlearner.insert(host, 3, 1)
+    assert attention_maps(model, x)[1].shape == (2, 3, 4, 4)
+    out = model(x)
+    out.square().sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    assert tokenlearner.cost(model, (3, side, side)).tokens[1] < tokenlearner.cost(model, (3, side, side)).tokens[0]
+    torch.testing.assert_close(tokenlearner.load(tokenlearner.save(model, tmp_path))(x), out.detach())
+    assert torch.equal(tokenlearner.remove(model)(x), plain)
+    assert list(model.state_dict()) == keys
+
+
 @pytest.mark.parametrize("fuser", [None, "fuser"])
 @pytest.mark.parametrize("family", NEW)
 def test_copies_are_the_same_and_their_own(family, fuser):

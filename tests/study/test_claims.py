@@ -89,7 +89,27 @@ def test_a_claim_about_what_was_not_run_has_no_verdict():
 
 
 def test_the_rules_are_told_with_their_slack():
-    assert set(CLAIM_RULES) == {"better", "at least", "about"}
+    assert set(CLAIM_RULES) == {"better", "at least", "about", "at most"}
     assert "minus 0.5;" in Claim(1, "", "a", "b", "", "at least", 0.5).rule
     assert "within 2 of zero" in Claim(1, "", "a", "b", "", "about", 2.0).rule
     assert "95 %" in RULE
+
+
+def test_pairs_are_compared_by_their_differences():
+    """Sequences that differ by far more than two models on the same one."""
+    scores, others = [11.0, 52.0, 93.0], [10.0, 50.0, 90.0]
+    assert compare(scores, others)["verdict"] == "undecided"
+    found = compare(scores, others, paired=True)
+    assert found["difference"] == 2.0
+    assert found["margin"] == pytest.approx(STUDENT[2] / math.sqrt(3), abs=0.01)  # the differences are 1, 2 and 3
+    assert compare([2.0, 2.1, 2.2], [1.0, 1.1, 1.2], paired=True)["verdict"] == "better"
+    flat = compare([1.2, 1.3, 1.4], [1.0, 1.0, 1.0], paired=True)  # as against a constant
+    assert flat["pooled_standard_error"] == pytest.approx(0.1 / 3**0.5, abs=0.01)
+    with pytest.raises(ValueError, match="zip"):
+        compare([1.0, 2.0], [1.0, 2.0, 3.0], paired=True)
+
+
+@pytest.mark.parametrize(("slack", "verdict"), [(0.5, "holds"), (0.49, "does not")])
+def test_what_has_no_spread_is_at_most_a_share(slack, verdict):
+    claim = Claim(1, "", "a", "b", "", "at most", slack)
+    assert claim.judge({"a": [5.0, 5.0], "b": [10.0, 10.0]})["verdict"] == verdict

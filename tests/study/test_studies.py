@@ -117,17 +117,21 @@ def test_pooling_is_compared_at_equal_compute(size):
 
 
 @pytest.mark.parametrize("size", ["cpu", "gpu"])
-def test_speed_has_every_model_of_four_studies_once(size):
+def test_speed_has_every_model_of_four_studies_once_and_a_smaller_size(size):
     speed = STUDIES["speed"]
     settings = speed.sizes[size]
-    own = {unnamed(variant) for variant in speed.variants(settings).values()}
+    smaller = module_of("speed").SIZES
+    own = {unnamed(variant) for name, variant in speed.variants(settings).items() if name not in smaller}
+    macs = [cost_of(variant, settings).macs for variant in smaller.values()]
+    assert macs[1] < macs[0]
+    assert max(macs) < cost_of(speed.variants(settings)["placement plain"], settings).macs / 2
     others = {
         unnamed(variant)
         for name in ("placement", "tokens", "depth", "pooling")
         for variant in STUDIES[name].variants(settings).values()
     }
     assert own == others
-    assert len(own) == len(speed.variants(settings))
+    assert len(own) == len(speed.variants(settings)) - len(smaller)
     assert next(iter(speed.variants(settings).values())).tokens == 0
 
 

@@ -6,7 +6,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-import safetensors.torch
 import timm
 import torch
 from noisy_photos import draw_photos
@@ -16,12 +15,11 @@ from whole_runs import brief_timing
 
 import tokenlearner
 from tokenlearner.errors import InputError
-from tokenlearner.training import compress as compressing
 from tokenlearner.training import side_by_side
-from tokenlearner.training.class_names import published_labels, read_as, renamed
-from tokenlearner.training.compress import at_least, compress, stand_alone, within_budget
-from tokenlearner.training.foreign import model_of_checkpoint, read_checkpoint
-from tokenlearner.training.recipe import AugmentRecipe, OptimizerRecipe, Recipe
+from tokenlearner.training.budget import within_budget
+from tokenlearner.training.compress import at_least, compress, refuse_chance, stand_alone
+from tokenlearner.training.material import read_material
+from tokenlearner.training.recipe import AugmentRecipe, ClipRecipe, OptimizerRecipe, Recipe
 from tokenlearner.training.train import train
 
 RECIPE = Recipe(
@@ -78,7 +76,8 @@ def test_a_checkpoint_becomes_a_folder_first(photos, host, tmp_path):
     path = tmp_path / "last.pth.tar"
     wrapped = OrderedDict((f"module.{key}", value) for key, value in model.state_dict().items())
     torch.save({"state_dict": wrapped, "epoch": 3}, path)
-    folder = stand_alone(str(path), tmp_path / "host", "test_vit")
+    found, folder = stand_alone(str(path), tmp_path / "host", "test_vit")
+    assert (folder, found.label_names) == (tmp_path / "host", None)
     saved = tokenlearner.load(folder)
     assert all(torch.equal(value, saved.state_dict()[key]) for key, value in model.state_dict().items())
     with pytest.raises(InputError, match="is a checkpoint: say whose with --host"):
@@ -114,52 +113,6 @@ def test_without_labels_or_head_it_learns_features(photos, host, tmp_path, headl
     assert "towards the features of" in lines[0]
 
 
-@pytest.mark.parametrize(
-    "wrap",
-    [
-        lambda state: state,
-        lambda state: {"state_dict": {f"model.{key}": value for key, value in state.items()}},
-        lambda state: {"model": {f"module._orig_mod.{key}": value for key, value in state.items()}, "optimizer": {}},
-        lambda state: {
-            "state_dict": {key: torch.zeros_like(value) for key, value in state.items()},
-            "state_dict_ema": {f"module.{key}": value for key, value in state.items()},
-        },
-    ],
-    ids=["bare", "lightning", "compiled and wrapped", "averaged"],
-)
-def test_wrappers_are_taken_off(wrap, tmp_path):
-    state = timm.create_model("test_vit", num_classes=2).state_dict()
-    torch.save(wrap(state), tmp_path / "a.pt")
-    read = read_checkpoint(tmp_path / "a.pt")
-    assert read.keys() == state.keys()
-    assert all(torch.equal(value, read[key]) for key, value in state.items())
-
-
-def test_safetensors_are_read_too(tmp_path):
-    model = timm.create_model("test_vit", num_classes=7)
-    safetensors.torch.save_file(model.state_dict(), tmp_path / "a.safetensors")
-    found = model_of_checkpoint(tmp_path / "a.safetensors", "test_vit")
-    assert torch.equal(found.head.weight, model.head.weight)
-    assert not found.training
-
-
-def test_checkpoints_that_are_none(tmp_path):
-    (tmp_path / "text.pt").write_text("no weights")
-    torch.save({"epoch": 3}, tmp_path / "empty.pt")
-    torch.save({"head.weight": torch.zeros(2, 64)}, tmp_path / "other.pt")
-    for name, reason in (
-        ("gone.pt", "there is no checkpoint"),
-        ("text.pt", "can't be read as weights"),
-        ("empty.pt", "holds no weights: expected a state dict"),
-    ):
-        with pytest.raises(InputError, match=reason):
-            read_checkpoint(tmp_path / name)
-    with pytest.raises(InputError, match=r"other\.pt is not of test_vit: it lacks blocks"):
-        model_of_checkpoint(tmp_path / "other.pt", "test_vit")
-    with pytest.raises(InputError, match="timm has no model 'test_vti'"):
-        model_of_checkpoint(tmp_path / "other.pt", "test_vti")
-
-
 def test_a_model_that_guesses_is_refused_before_it_is_trained(photos, tmp_path):
     guessing = timm.create_model("test_vit", num_classes=2, img_size=32)
     tokenlearner.save(guessing, tmp_path / "host", labels=("blue", "red"))
@@ -170,6 +123,102 @@ def test_a_model_that_guesses_is_refused_before_it_is_trained(photos, tmp_path):
     with pytest.raises(InputError, match=r"scores 50\.00% on 30 held-out images, where guessing gives 50\.00%"):
         compress(str(tmp_path / "host"), photos, tmp_path / "out", RECIPE)
     assert not (tmp_path / "out/model.safetensors").exists()
+
+
+def test_a_model_that_always_says_the_most_frequent_class_is_refused(photos, tmp_path):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos/red").symlink_to(photos / "red")
+    (tmp_path / "photos/blue").mkdir()
+    for name in sorted((photos / "blue").iterdir())[:4]:
+        (tmp_path / "photos/blue" / name.name).symlink_to(name)
+    constant = timm.create_model("test_vit", num_classes=3, img_size=32)
+    with torch.no_grad():
+        constant.head.weight.zero_()
+        constant.head.bias.copy_(torch.tensor([0.0, 0.0, 1.0]))
+    tokenlearner.save(constant, tmp_path / "host", labels=("blue", "green", "red"))
+    with pytest.raises(InputError, match=r"scores (8\d\.\d\d)% on \d+ held-out images, where guessing gives \1%"):
+        compress(str(tmp_path / "host"), tmp_path / "photos", tmp_path / "out", RECIPE)
+
+
+def test_scores_of_several_labels_are_held_against_shuffled_ones(photos):
+    def refused(scored: float) -> bool:
+        try:
+            refuse_chance(scored, 0.31, material, "it")
+        except InputError:
+            return True
+        return False
+
+    material = read_material(photos, RECIPE)
+    labels = tuple((label,) for label in material.data.train.labels)
+    data = replace(material.data, train=replace(material.data.train, labels=labels))
+    material = replace(material, data=data)
+    assert material.multilabel
+    assert [refused(scored) for scored in (0.2, 0.31, 0.32, 1.0)] == [True, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("output", "reason"),
+    [
+        ("{host}", "is MODEL itself, which would be lost"),
+        ("{photos}", "is in DATA, where the next run would read it"),
+        ("{photos}/out", "is in DATA"),
+        ("{here}/file", "can't be a folder, since .*/file is a file"),
+        ("{here}/file/out", "can't be a folder, since .*/file is a file"),
+        ("{here}/other", "has a config.json that no training wrote"),
+    ],
+)
+def test_nothing_that_is_there_is_written_over(output, reason, photos, host, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/config.json").write_text("{}")
+    before = {path: path.read_bytes() for path in host.rglob("*") if path.is_file()}
+    place = output.format(host=host, photos=photos, here=tmp_path)
+    with pytest.raises(InputError, match=reason):
+        compress(str(host), photos, place, RECIPE)
+    assert {path: path.read_bytes() for path in host.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [
+        ({"model": "test_vit"}, "the model is MODEL, as it is: leave model out of the recipe"),
+        ({"clip": ClipRecipe(frames=4, module="TokenLearner")}, r"leave clip\.frames, clip\.module out of the recipe"),
+        ({"tokens": 0}, "tokens"),
+        ({"tokens": 4}, r"take 1\.[0-9]+ times the multiply-adds of the model, whose layers see 5 tokens: give fewer"),
+    ],
+)
+def test_recipes_that_are_not_for_it(changed, reason, photos, host, tmp_path):
+    for unlabelled in (False, True):
+        with pytest.raises(InputError, match=reason):
+            compress(str(host), photos, tmp_path / "out", replace(RECIPE, **changed), unlabelled=unlabelled)
+    assert not (tmp_path / "out").exists()
+
+
+def test_host_is_about_a_file(photos, host, tmp_path):
+    with pytest.raises(InputError, match=r"--host says whose weights a checkpoint file holds, and .* is no file"):
+        compress(str(host), photos, tmp_path / "out", RECIPE, host="test_vit")
+
+
+def test_there_is_no_run_to_resume(photos, host, tmp_path):
+    with pytest.raises(InputError, match="there is no run to resume"):
+        compress(str(host), photos, tmp_path / "out", RECIPE, resume=True)
+
+
+def test_a_folder_of_timm_is_saved_as_ours_first(host, tmp_path):
+    model = tokenlearner.load(host)
+    timm.models.save_for_hf(model, tmp_path / "theirs", model_config={"label_names": ["blue", "red"]})
+    found, folder = stand_alone(str(tmp_path / "theirs"), tmp_path / "host", None)
+    assert (folder, found.label_names) == (tmp_path / "host", ("blue", "red"))
+    saved = tokenlearner.load(folder)
+    assert saved.label_names == ("blue", "red")
+    assert all(torch.equal(value, saved.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+def test_what_is_in_the_folder_already_is_not_opened_twice(host, tmp_path):
+    """A run that goes on needs no hub."""
+    tokenlearner.save(tokenlearner.load(host), tmp_path / "host")
+    found, folder = stand_alone("no/such-model", tmp_path / "host", None, resume=True)
+    assert (folder, found.label_names) == (tmp_path / "host", ("blue", "red"))
 
 
 @pytest.mark.parametrize(("hits", "count", "chance"), [(0, 5, 0.5), (5, 5, 0.5), (60, 100, 0.5), (13, 10_000, 0.001)])
@@ -203,43 +252,6 @@ def test_some_of_the_classes_by_other_names_will_do(photos, tmp_path):
     assert tokenlearner.load(tmp_path / "out").label_names == ("Red!", "green", "blue, navy")
 
 
-@pytest.mark.parametrize(
-    ("labels", "names", "expected"),
-    [
-        (["a", "b"], ["b"], ["a", "b"]),
-        (["Golden Retriever", "cat"], ["golden_retriever"], ["golden_retriever", "cat"]),
-        (["tench, Tinca tinca", "cat"], ["CAT", "tinca-tinca"], ["tinca-tinca", "CAT"]),
-    ],
-)
-def test_names_that_mean_a_label(labels, names, expected):
-    assert renamed(labels, names) == expected
-
-
-def test_names_of_imagenets_classes():
-    labels = published_labels(1000)
-    classes = renamed(labels, ["tench", "daisy"])
-    assert classes[0] == "tench"
-    assert classes[985] == "daisy"
-    assert classes[1:985] == labels[1:985]
-    with pytest.raises(InputError, match="the class crane could be n02012849 or n03126707: name it as one"):
-        renamed(labels, ["crane"])
-
-
-def test_names_that_mean_no_label_or_the_same():
-    with pytest.raises(InputError, match="the class dog is not one of the 2 known classes: cat, cow"):
-        renamed(["cat", "cow"], ["dog"])
-    with pytest.raises(InputError, match="the classes Cat and CAT both mean cat: put them into one"):
-        renamed(["cat", "cow"], ["Cat", "CAT"])
-
-
-def test_an_error_that_is_not_about_classes_is_passed_on():
-    def read(classes):
-        raise InputError("no such folder")
-
-    with pytest.raises(InputError, match="no such folder"):
-        read_as(["a"], read, lambda it: it)
-
-
 def test_a_stopped_run_goes_on_with_the_budget_it_had(photos, host, tmp_path, monkeypatch):
     """The layer was chosen by a clock, which may say something else the second time."""
     output = tmp_path / "out"
@@ -261,63 +273,8 @@ def test_a_stopped_run_goes_on_with_the_budget_it_had(photos, host, tmp_path, mo
 
 
 def test_classes_the_model_does_not_know_are_refused(photos, host, tmp_path):
-    (tmp_path / "green").mkdir()
-    Image.new("RGB", (24, 24)).save(tmp_path / "green/a.png")
-    (tmp_path / "red").symlink_to(photos / "red")
+    (tmp_path / "data/green").mkdir(parents=True)
+    Image.new("RGB", (24, 24)).save(tmp_path / "data/green/a.png")
+    (tmp_path / "data/red").symlink_to(photos / "red")
     with pytest.raises(InputError, match="is not one of the 2 known classes: blue, red"):
-        compress(str(host), tmp_path, tmp_path / "out", RECIPE)
-
-
-# ---- budgets
-
-
-def of_36_patches():
-    return timm.create_model("test_vit", img_size=96)
-
-
-@pytest.mark.parametrize("budget", [0.3, 0.5, 0.8, 0.9])
-def test_a_budget_of_macs_takes_the_last_layer_and_then_the_most_tokens(budget):
-    model = of_36_patches()
-    whole = tokenlearner.cost(model, (3, 96, 96)).macs
-    recipe = within_budget(model, RECIPE, (3, 96, 96), macs=budget)
-
-    def share(at: int, tokens: int) -> float:
-        return tokenlearner.cost(tokenlearner.insert(of_36_patches(), tokens, at), (3, 96, 96)).macs / whole
-
-    fits = [at for at in range(len(model.blocks) + 1) if share(at, 2) <= budget]
-    assert recipe.at == max(fits)
-    assert recipe.tokens == max(tokens for tokens in (2, 4, 8, 16, 32) if share(recipe.at, tokens) <= budget)
-    assert tokenlearner.insertion_of(model) is None
-
-
-def test_a_budget_of_time_is_measured(monkeypatch):
-    """By a clock that says each layer takes as long as any other, and each token a hundredth of a layer."""
-    model, asked = of_36_patches(), []
-
-    def timed(models, inputs, **options):
-        spec = models["it"].token_learner_insertion
-        asked.append(spec)
-        share = 0.1 + 0.9 * (spec.at + 0.01 * spec.num_tokens) / len(models["it"].blocks)
-        return [None, type("Speed", (), {"ratio": 1 / share})]
-
-    monkeypatch.setattr(compressing, "measure_speed", timed)
-    recipe = within_budget(model, RECIPE, (3, 96, 96), latency=0.57)
-    assert recipe.at == int((0.57 - 0.1) / 0.9 * len(model.blocks))
-    assert recipe.tokens == 8
-    assert len(asked) <= 9
-
-
-def test_budgets_that_make_no_sense(photos, host, tmp_path):
-    model = of_36_patches()
-    with pytest.raises(InputError, match="a budget is a share of the model's own cost"):
-        within_budget(model, RECIPE, (3, 96, 96), macs=1.5)
-    with pytest.raises(InputError, match="2 tokens from the first layer on still take 0"):
-        within_budget(model, RECIPE, (3, 96, 96), macs=0.01)
-    with pytest.raises(InputError, match="--macs and --latency both choose the layer"):
-        compress(str(host), photos, tmp_path / "out", RECIPE, macs=0.5, latency=0.5)
-
-
-def test_imagenets_labels_are_known_by_their_number():
-    labels = published_labels(1000)
-    assert (len(labels), labels[0]) == (1000, "n01440764")
-    assert published_labels(10) is None
+        compress(str(host), tmp_path / "data", tmp_path / "out", RECIPE)

@@ -7,11 +7,11 @@ from functools import partial
 import pytest
 
 from tokenlearner.inspection.speed import measure_speed
-from tokenlearner.training import checkpoint, compress, side_by_side, train
+from tokenlearner.training import budget, checkpoint, side_by_side, train
 
 
 def brief_timing(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (train, compress, side_by_side):
+    for module in (train, budget, side_by_side):
         monkeypatch.setattr(module, "measure_speed", partial(measure_speed, seconds_per_round=0.001))
 
 

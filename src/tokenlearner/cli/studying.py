@@ -22,7 +22,7 @@ def study(
     size: Annotated[Literal["cpu", "gpu"], Parameter(help="Minutes a run on a core, or for a GPU.")] = "cpu",
     seeds: Annotated[tuple[int, ...], Parameter(consume_multiple=True)] = (0, 1, 2),
     variants: Annotated[tuple[str, ...], Parameter(consume_multiple=True, help="Run these alone.")] = (),
-    output: Annotated[Path, Parameter(help="Folder for the CSV, the JSON and the figure.")] = Path("studies/results"),
+    output: Annotated[Path, Parameter(help="Folder for the CSV, the JSON and the figure.")] = Path("runs/results"),
     runs: Annotated[Path, Parameter(help="Folder of the runs, which studies share.")] = Path("runs/studies"),
     studies: Annotated[Path, Parameter(help="Folder of the studies; a checkout has them.")] = Path("studies"),
     json: Json = False,
@@ -39,6 +39,8 @@ def study(
 
     if list_all:
         found = {stem: open_study(stem, studies) for stem in studies_in(studies)}
+        if not found:
+            raise InputError(f"there are no studies in {studies}: give a checkout's with --studies")
         document = {stem: {"title": it.title, "question": it.question} for stem, it in found.items()}
         rows = [(stem, it.title, it.question) for stem, it in found.items()]
         show(document, json, lambda: print_table(("study", "title", "question"), rows))

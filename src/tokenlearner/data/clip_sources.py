@@ -193,11 +193,12 @@ def read_clip_data(
 
 
 def read_clips_to_score(
-    data: Path, classes: Sequence[str], listing: Listing | None = None
+    data: Path, classes: Sequence[str] | None, listing: Listing | None = None
 ) -> tuple[LabelledClips, str, bool]:
     """(the clips of the evaluation part, or of all where there is none; the part's name; whether it is the latter).
 
-    Labels are positions in ``classes``. Of Charades' lists, the videos that have an action.
+    Labels are positions in ``classes``, or where these are None in the data's own. Of Charades' lists, the videos that
+    have an action.
     """
     train_part, val_part = find_clip_parts(data, listing)
     part = val_part or train_part

@@ -13,6 +13,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 from torchmetrics.classification import MulticlassAccuracy
 
+from tokenlearner.data.class_names import read_as
 from tokenlearner.data.clips import ClipFiles, LabelledClips
 from tokenlearner.data.images import (
     Damaged,
@@ -51,6 +52,8 @@ class Accuracy:
     damaged: tuple[Damaged, ...]
     views: Views | None = None
     """Of clips: the windows of each, and the crops of each window."""
+    by_chance: float | None = None
+    """What the same predictions would score on average, had they been dealt out to the images at random."""
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -98,7 +101,7 @@ def evaluate(
     top5 = MulticlassAccuracy(classes, average="micro", top_k=5).to(device) if classes > 5 else None
     per_class = MulticlassAccuracy(classes, average="none").to(device)
     damaged: list[Damaged] = []
-    seen = torch.zeros(classes, dtype=torch.long)
+    seen, said = torch.zeros(2, classes, dtype=torch.long)
     model.to(device).eval()
     for batch in loader:
         damaged += batch.damaged
@@ -109,6 +112,7 @@ def evaluate(
             if metric is not None:
                 metric.update(logits, labels)
         seen += torch.bincount(batch.labels, minlength=classes)
+        said += torch.bincount(logits.argmax(dim=-1).cpu(), minlength=classes)
     if not seen.sum():
         raise nothing_decoded(damaged)
     shares = per_class.compute()
@@ -120,6 +124,7 @@ def evaluate(
         which=which,
         damaged=tuple(damaged),
         views=views if isinstance(images, LabelledClips) else None,
+        by_chance=float((seen / seen.sum()) @ (said / said.sum())),
     )
 
 
@@ -127,7 +132,8 @@ def images_to_score(model: nn.Module, folder: Path, data: Path, images: Images =
     """The images of ``data`` a model saved in ``folder`` should be scored on, and which those are in words.
 
     An evaluation part of ``data`` (a ``val`` folder, say) comes first; then, under "auto" and "held-out", the images
-    the model's own training run held out, if that run was on this data; else all.
+    the model's own training run held out, if that run was on this data; else all. Classes may have other names than
+    the model's labels, as :func:`read_as` understands them.
 
     Raises:
         InputError: Classes that don't match the model's labels, or "held-out" without a note of what was.
@@ -136,9 +142,9 @@ def images_to_score(model: nn.Module, folder: Path, data: Path, images: Images =
     if names is None:
         raise InputError(f"{folder} names no labels, so classes can't be matched with its outputs")
     part, val_part = find_parts(data)
+    scanned = read_as(names, (val_part or part).read, lambda it: it.classes)
     if val_part is not None:
-        return val_part.read(names), f"the images in {val_part.name}"
-    scanned = part.read(names)
+        return scanned, f"the images in {val_part.name}"
     names_of_files = [name_of(file, data) for file in scanned.files]
     return what_training_held_out(scanned, names_of_files, folder, data, images, "images")
 

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
+from tokenlearner.data.class_names import read_as
 from tokenlearner.data.clip_sources import Listing, clip_name, read_clips_to_score
 from tokenlearner.data.clips import ClipFiles, ClipTransform, LabelledClips
 from tokenlearner.data.images import HELD_OUT, LabelledImages, OnError
@@ -91,7 +92,9 @@ def clips_to_score(
     names = getattr(model, "label_names", None)
     if names is None:
         raise InputError(f"{folder} names no labels, so classes can't be matched with its outputs")
-    clips, part, is_all = read_clips_to_score(data, names, listing)
+    clips, part, is_all = read_as(
+        names, lambda classes: read_clips_to_score(data, classes, listing), lambda it: it[0].classes
+    )
     if not is_all:
         return clips, f"the clips in {part}"
     names_of_files = [clip_name(file, data, listing) for file in clips.files]

@@ -38,6 +38,8 @@ class MultilabelScore:
     damaged: tuple[Damaged, ...]
     views: Views | None = None
     """Of clips: the windows of each, and the crops of each window."""
+    by_chance: tuple[float, ...] = ()
+    """The mean average precision of the same scores dealt out to the images at random, once for each shuffle."""
 
     @property
     def mean_average_precision(self) -> float:
@@ -64,13 +66,15 @@ def evaluate_multilabel(
     on_error: OnError = "skip",
     device: str | torch.device = "cpu",
     views: Views = VIEWS,
+    shuffles: int = 0,
 ) -> MultilabelScore:
     """Scores ``model``, whose output j is ``images.classes[j]``; damaged files are left out and named.
 
     All scores are kept until the end, on the CPU: 5 bytes for each image and class (a float and a bool), 0.4 GB for
     10,000 images of 8,000 classes. The model is moved to ``device``. Clips are scored in ``views``, as
     :func:`tokenlearner.evaluation.accuracy.evaluate` has them; Charades' rules (mean over the classes, videos without
-    an action not scored) are met where the list was read by ``read_clips_to_score``.
+    an action not scored) are met where the list was read by ``read_clips_to_score``. ``shuffles`` of the scores tell
+    what chance gives.
 
     Raises:
         InputError: The images have one class each, no class has an image, the model has another number of outputs, one
@@ -102,9 +106,13 @@ def evaluate_multilabel(
     shares = average_precisions(scores[:, seen], targets[:, seen])
     if not shares:
         raise InputError(f"none of the {int(seen.sum())} images has a class, so there is nothing to find")
+    generator = torch.Generator().manual_seed(0)
+    orders = [torch.randperm(int(seen.sum()), generator=generator) for _ in range(shuffles)]
+    dealt = [average_precisions(scores[:, seen][:, order], targets[:, seen]) for order in orders]
     by_name = {images.classes[j]: share for j, share in shares.items()}
     clip_views = views if isinstance(images, LabelledClips) else None
-    return MultilabelScore(by_name, int(seen.sum()), which, tuple(damaged), clip_views)
+    by_chance = tuple(sum(found.values()) / len(found) for found in dealt)
+    return MultilabelScore(by_name, int(seen.sum()), which, tuple(damaged), clip_views, by_chance)
 
 
 class MeanAveragePrecision(Metric):

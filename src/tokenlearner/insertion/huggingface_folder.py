@@ -116,21 +116,22 @@ def open_pretrained(folder: str | Path) -> TransformersModel:
     """
     folder = Path(folder)
     try:
-        from tokenlearner.insertion.huggingface_families import HOSTS
+        from tokenlearner.insertion.huggingface_families import HOSTS, REFUSED
         from tokenlearner.insertion.huggingface_saving import MODELS
     except ImportError as error:
         raise InputError(f"{folder} is of transformers, which is needed in version 5 or newer: {error}") from error
-    name = next(iter(read_json(folder / CONFIG)["architectures"] or ["model of no class"]))
+    classes = read_json(folder / CONFIG)["architectures"] or ["model of no class"]
+    name = classes if isinstance(classes, str) else classes[0]
     served: dict[str, Any] = {kind.__name__: kind for kind in (*HOSTS, *MODELS.values())}
     if name not in served:
-        raise InputError(
-            f"{folder} has a {name}, which is not served; of transformers' models these are: "
-            + ", ".join(kind.__name__ for kind in HOSTS)
-        )
+        why = next((f": {reason}" for start, reason in REFUSED.items() if name.startswith(start)), None)
+        others = f"; of transformers' models these are: {', '.join(kind.__name__ for kind in HOSTS)}"
+        raise InputError(f"{folder} has a {name}, which is not served{why or others}")
     try:
         model, report = served[name].from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"the model in {folder} can't be loaded: {str(error).strip().splitlines()[0]}") from error
+    except Exception as error:  # whatever damaged files make of transformers' readers
+        said = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise InputError(f"the model in {folder} can't be loaded: {' '.join(said)[:300]}") from error
     missing = sorted(report["missing_keys"])
     if wrong := missing or sorted(key for key in report["unexpected_keys"] if ".token_" in key):
         raise InputError(

@@ -13,12 +13,15 @@ import timm
 from torch import nn
 
 from tokenlearner.errors import InputError
-from tokenlearner.insertion.saving import Preprocessing, load
+from tokenlearner.insertion.saving import CONFIG, Preprocessing, load, read_json
+
+_OF_TIMM = ("hf-hub:", "hf_hub:", "local-dir:")  # how timm is told where a model is
 
 
 def open_trained(source: str | Path, **options: Any) -> nn.Module:
-    """The model saved in the folder ``source``, or the one that timm, this package or Hugging Face's hub (names such as
-    ``google/vit-base-patch16-224``, of transformers) has weights of under that name.
+    """The model saved in the folder ``source``, by this package, timm's ``save_for_hf`` or transformers, or the one
+    that timm, this package or Hugging Face's hub (names such as ``google/vit-base-patch16-224``, of transformers, or
+    ``hf-hub:timm/vit_base_patch16_224.augreg_in1k``) has weights of under that name.
 
     In eval mode, on the CPU, with ``preprocessing`` and ``label_names`` (None if not known). ``options`` go to
     ``timm.create_model``.
@@ -27,8 +30,15 @@ def open_trained(source: str | Path, **options: Any) -> nn.Module:
         InputError: Neither a folder nor a name, weights nobody has published or that can't be fetched.
     """
     name = str(source)
-    if Path(source).is_dir():
+    if Path(source).is_file():
+        raise InputError(
+            f"{name} is a file: give the folder of a saved model; of a checkpoint of timm's, `tokenlearner compress "
+            f"{name} DATA --host NAME` makes one"
+        )
+    if Path(source).is_dir() and not is_of_timm(source):
         return load(source)
+    if Path(source).is_dir() or name.startswith(_OF_TIMM):
+        return _of_timm(name if name.startswith(_OF_TIMM) else f"local-dir:{name}", **options)
     tried = ""
     if name.count("/") == 1 and not Path(name).parent.exists():  # else it is a folder, with a slip in its name
         folder, tried = _fetched(name)
@@ -43,6 +53,17 @@ def open_trained(source: str | Path, **options: Any) -> nn.Module:
             f"there is no folder {name}, and no model of that name{tried}; give a saved model's folder or a name such "
             f"as {(near or known or ['vit_base_patch16_224'])[0]}"
         )
+    return _of_timm(name, **options)
+
+
+def is_of_timm(folder: str | Path) -> bool:
+    """Whether ``folder`` has the ``config.json`` that timm's ``save_for_hf`` and ``push_to_hf_hub`` write."""
+    path = Path(folder) / CONFIG
+    config = read_json(path) if path.is_file() else None
+    return isinstance(config, dict) and "architecture" in config
+
+
+def _of_timm(name: str, **options: Any) -> nn.Module:
     try:
         model: Any = timm.create_model(name, pretrained=True, **options)
     except InputError:
@@ -52,7 +73,8 @@ def open_trained(source: str | Path, **options: Any) -> nn.Module:
     model.preprocessing = Preprocessing.of(model)
     if (rate := _frames_a_second(model)) is not None:
         model.preprocessing = replace(model.preprocessing, fps=rate)
-    model.label_names = getattr(model, "label_names", None)
+    labels = getattr(model, "label_names", None) or (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
+    model.label_names = tuple(labels) if labels else None
     return model.eval()
 
 

@@ -41,6 +41,41 @@ def bars(axis: Axes, summary: Mapping[str, Any], ylabel: str = "accuracy, %") ->
     axis.set_ylabel(ylabel)
 
 
+def groups(
+    axis: Axes,
+    ticks: Sequence[str],
+    series: Mapping[str, Sequence[tuple[float, float] | None]],
+    *,
+    xlabel: str = "",
+    ylabel: str = "accuracy, %",
+    title: str = "",
+) -> None:
+    """Bars side by side at every tick: for each of ``series`` the (mean, deviation) there, or None where there is none.
+
+    They start at 0, so that lengths compare.
+    """
+    width = 0.8 / len(series)
+    for k, (name, values) in enumerate(series.items()):
+        there = [(i, value) for i, value in enumerate(values) if value is not None]
+        places = [i + (k - (len(series) - 1) / 2) * width for i, _ in there]
+        means, errors = [mean for _, (mean, _) in there], [error for _, (_, error) in there]
+        axis.bar(places, means, width, yerr=errors if any(errors) else None, capsize=2, label=name)
+        for place, mean, error in zip(places, means, errors):
+            axis.annotate(f"{mean:.1f}", (place, mean + error), ha="center", va="bottom", fontsize=7)
+    axis.set_xticks(range(len(ticks)), ticks)
+    axis.set_xlabel(xlabel)
+    axis.set_ylabel(ylabel)
+    if title:
+        axis.set_title(title, fontsize=9)
+    axis.legend(frameon=False, fontsize=8, loc="upper left")
+
+
+def mean_and_deviation(summary: Mapping[str, Any], variant: str) -> tuple[float, float] | None:
+    """Of a variant of a summary; None if it was not run."""
+    found = summary["variants"].get(variant)
+    return None if found is None else (found["mean"], found["deviation"] or 0.0)
+
+
 def columns(axis: Axes, summary: Mapping[str, Any], names: Sequence[str], ylabel: str = "") -> None:
     """A mark for each of these columns of every variant."""
     variants = list(summary["variants"].values())
@@ -102,10 +137,12 @@ def scatter(axis: Axes, summary: Mapping[str, Any], x: str, xlabel: str, scale: 
         )
         axis.annotate(str(number), place, (4, 3), textcoords="offset points", fontsize=7)
     axis.margins(x=0.1, y=0.1)
-    axis.set_xscale("log")  # costs are compared by their ratios
-    axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-    axis.xaxis.set_minor_locator(NullLocator())
-    axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
+    costs = [variant[x] for variant in summary["variants"].values()]
+    if max(costs) > 3 * min(costs):  # compared by their ratios; on less there would be a tick or two
+        axis.set_xscale("log")
+        axis.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.xaxis.set_minor_locator(NullLocator())
+        axis.xaxis.set_major_formatter(StrMethodFormatter("{x:,g}"))
     axis.set_xlabel(xlabel)
     axis.set_ylabel("accuracy, %")
     if key:

@@ -186,23 +186,29 @@ def averaged(maps: Float[Tensor, "b t s h w"]) -> Float[Tensor, "b t s h w"]:
 def measured(
     maps: Float[Tensor, "b t s h w"], moving: Float[Tensor, "b t height width"], least: float
 ) -> dict[str, float]:
-    """The means over clips, frames and tokens; the lift over frames of which at least so much moves.
+    """The means over clips, frames and tokens; lift and mass, of a map on what moves, over frames of which at least so
+    much moves.
 
     Raises:
         InputError: There is no such frame.
     """
     mask = looking.on_grid(moving, (maps.shape[3], maps.shape[4]))
-    lifts = looking.lift(maps, mask)[moving.mean(dim=(2, 3)) >= least]
+    moves = moving.mean(dim=(2, 3)) >= least
+    lifts = looking.lift(maps, mask)[moves]
     if not len(lifts):
         raise InputError(f"of no frame of these clips {least:.0%} moves")
     return {
         "lift": float(lifts.mean()),
+        "mass": float((lifts * mask.mean(dim=(-2, -1))[moves].unsqueeze(-1)).mean()),
         "lift_of_best_token": float(lifts.mean(dim=0).max()),
         "evenness": float(looking.evenness(maps).mean()),
         "half_mass": float(looking.half_mass(maps).mean()),
         "overlap": float(looking.overlap(maps).mean()),
         "stability": float(looking.stability(maps).mean()),
     }
+
+
+PAPER = "shown in figures, no number"
 
 
 class Beside(NamedTuple):
@@ -234,9 +240,19 @@ def study_of(title: str, question: str, models: dict[str, tuple[str, str]], othe
                 f"Maps of a trained {label} lie on what moves more than {those}",
                 f"{name} trained",
                 second,
-                "shown in figures, no number",
+                PAPER,
+                decides=second == "flat" or second.endswith("still"),
             )
             for second, those in seconds.items()
+        ]
+        before = f"{name} {'untrained' if 'untrained' in others else 'new'}"
+        claims += [
+            Claim(8, f"A trained {label}'s {what}", before, f"{name} trained", PAPER, score=column, decides=False)
+            for column, what in (
+                ("evenness", "maps are less even than before training"),
+                ("overlap", "tokens share less of the frame than before training"),
+                ("stability", "maps change more from frame to frame than before training"),
+            )
         ]
     return Study(
         title=title,
@@ -251,4 +267,5 @@ def study_of(title: str, question: str, models: dict[str, tuple[str, str]], othe
         score="lift",
         same=("windows",),
         claims=tuple(claims),
+        seeds="one of the ten sequences of set 2, whose clips differ much more than trainings do",
     )

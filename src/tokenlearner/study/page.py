@@ -14,13 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from tokenlearner.inspection.summary import count
-from tokenlearner.study.claims import CLAIM_RULES, RULE
+from tokenlearner.study.claims import CLAIM_RULES, PAIRED, RULE
 from tokenlearner.study.rows import read_rows
 from tokenlearner.study.study import Study, current, open_study, studies_in
 
 # Of a variant's numbers, those that are no column of its own.
 HIDDEN = {"label", "epochs", "macs", "parameters", "tokens_per_layer", "train_loss", "seconds", "cpu_seconds"}
-HIDDEN |= {"runs", "mean", "deviation", "against_first"}
+HIDDEN |= {"runs", "mean", "deviation", "deviations", "against_first"}
+NOT_PRINTED = "not printed"  # what Claim.paper begins with where the paper has no number
 
 
 @dataclass(frozen=True)
@@ -107,22 +108,46 @@ def page(
 
 def _how_to_read() -> str:
     rules = "\n".join(f"- *{kind}*: {rule.format(slack='the slack')}." for kind, rule in CLAIM_RULES.items())
-    return (
-        "Numbers are mean ± sample deviation over seeds, with the number of runs in brackets. Differences have their "
-        f"95 % margin. {RULE[0].upper()}{RULE[1:]}. A claim that A beats, reaches or equals B is judged so, with the "
-        "slack that its row names:\n\n"
-        f"{rules}"
-    )
+    told = [
+        "Numbers are mean ± sample deviation over seeds, with the number of runs in brackets",
+        "Differences have their 95 % margin",
+        *(rule[0].upper() + rule[1:] for rule in (RULE, PAIRED)),
+        "A claim that A beats, reaches or equals B is judged so, with the slack that its row names:",
+    ]
+    return ". ".join(told) + f"\n\n{rules}"
 
 
 def _in_short(comparisons: Sequence[Comparison], claims: Mapping[int, str]) -> str:
-    lines = ["| claim | holds | does not | undecided | too few runs | not run |", "|---|---|---|---|---|---|"]
+    lines = ["| claim | so far | comparisons that decide it | also about it |", "|---|---|---|---|"]
     for number, text in claims.items():
-        counts = Counter(_verdict(c) for c in comparisons if c.found["number"] == number)
-        cells = [str(counts[v] or "") for v in ("holds", "does not", "undecided", "too few runs", "not run")]
-        cells[-1] = cells[-1] if counts else "no study yet"
-        lines.append(f"| {number}. {text} | {' | '.join(cells)} |")
-    return "\n".join(["Comparisons by verdict:", "", *lines])
+        about = [c for c in comparisons if c.found["number"] == number]
+        deciding = [c for c in about if c.found["decides"]]
+        others = [c for c in about if not c.found["decides"]]
+        cells = (
+            f"{number}. {text}",
+            f"**{_standing(deciding)}**",
+            _counted(deciding) or "no study yet",
+            _counted(others),
+        )
+        lines.append(f"| {' | '.join(cells)} |")
+    told = (
+        "A claim *holds* where all comparisons that decide it and have a verdict do, *does not* where none of these "
+        "does, and is *mixed* where they differ; it is *undecided* where they have no verdict but that."
+    )
+    return "\n".join([*lines, "", told])
+
+
+def _standing(comparisons: Sequence[Comparison]) -> str:
+    found = {_verdict(c) for c in comparisons} & {"holds", "does not"}
+    if len(found) == 2:
+        return "mixed"
+    return found.pop() if found else "undecided" if any(map(_is_run, comparisons)) else "not run"
+
+
+def _counted(comparisons: Sequence[Comparison]) -> str:
+    counts = Counter(map(_verdict, comparisons))
+    order = ("holds", "does not", "undecided", "too few runs", "not run")
+    return ", ".join(f"{counts[verdict]} {verdict}" for verdict in order if counts[verdict])
 
 
 def _contradictions(comparisons: Sequence[Comparison]) -> str:
@@ -131,10 +156,15 @@ def _contradictions(comparisons: Sequence[Comparison]) -> str:
         return "Nothing measured so far contradicts the paper by the rules above."
     lines = [
         f'- Claim {c.found["number"]}, {c.link}: "{c.found["text"]}" does not hold: {_spread(c, 0)} and '
-        f"{_spread(c, 1)}, difference {_difference(c)}; the paper has {c.found['paper']}."
+        f"{_spread(c, 1)}, difference {_difference(c)}; the paper: {c.found['paper']}."
         for c in against
     ]
-    return "\n".join(["**What contradicts the paper:**", "", *lines])
+    printed = [line for c, line in zip(against, lines) if not c.found["paper"].startswith(NOT_PRINTED)]
+    others = [line for line in lines if line not in printed]
+    parts = ["**What contradicts the paper:**", "", *printed] if printed else []
+    if others:
+        parts += ["", "**What does not hold either, on which the paper prints nothing:**", "", *others]
+    return "\n".join(parts).strip()
 
 
 def _not_run(results: Sequence[Result]) -> str:
@@ -167,8 +197,12 @@ def _claim_table(comparisons: Sequence[Comparison]) -> str:
     return "\n".join(lines)
 
 
+def _is_run(c: Comparison) -> bool:
+    return all(c.found["scores"])
+
+
 def _verdict(c: Comparison) -> str:
-    if not all(c.found["scores"]):
+    if not _is_run(c):
         return "not run"
     return c.found["verdict"] or "too few runs"
 
@@ -185,14 +219,22 @@ def _spread(c: Comparison, side: int) -> str:
 
 def spread(scores: Sequence[float], unit: str = "") -> str:
     """Mean ± sample deviation and the number of runs."""
+    mean = statistics.mean(scores)
+    if mean >= 10_000:  # multiply-adds, which don't differ
+        return f"{count(mean)}{unit} ({len(scores)})"
     deviation = f" ± {statistics.stdev(scores):.2f}" if len(scores) > 1 else ""
-    return f"{statistics.mean(scores):.2f}{deviation}{unit} ({len(scores)})".replace("-", "−")
+    return f"{mean:.2f}{deviation}{unit} ({len(scores)})".replace("-", "−")
 
 
 def _difference(c: Comparison) -> str:
     difference, margin = c.found["difference"], c.found["margin"]
     if difference is None:
         return ""
+    if c.found["kind"] == "at most":
+        first, second = map(statistics.mean, c.found["scores"])
+        return f"{first / second:.2f}×"
+    if abs(difference) >= 10_000:
+        return f"{'+' if difference > 0 else '−'}{count(abs(difference))}, {c.found['outcome']}"
     told = f"{difference:+.2f}".replace("-", "−")
     return told if margin is None else f"{told} ± {margin:.2f}, {c.found['outcome']}"
 
@@ -205,8 +247,11 @@ def _section(result: Result, figures: str) -> list[str]:
     seeds = sorted({int(row["seed"]) for row in result.rows})
     commands = ", ".join(f"`{command}`" for command in sorted({row["command"] for row in result.rows} - {""}))
     commits = ", ".join(sorted({row["commit"] for row in result.rows}))
+    minutes = sum(float(row.get("seconds") or 0) for row in result.rows) / 60
     told = f"Size {result.size}, seeds {', '.join(map(str, seeds))}; {'; '.join(result.summary['hardware'])}"
+    told += f"; {len(result.rows)} runs of {minutes:,.0f} minutes in all"
     told += f"; commit {commits}" + (f"; {commands}." if commands else ".")
+    told += f" A seed is {result.study.seeds}." if result.study.seeds else ""
     missing = [v.label for name, v in result.variants().items() if name not in result.summary["variants"]]
     waiting = f"Not run: {'; '.join(missing)}." if missing else ""
     figure = f"![{result.study.title}]({figures}{result.stem}.png)"
@@ -235,7 +280,7 @@ def _variants_table(result: Result) -> str:
     lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
     for variant in variants:
         cells = [variant["label"], *([_macs(variant, variants[0])] if costs else []), _mean(variant)]
-        cells += [_against_first(variant), *(_number(variant.get(key)) for key in more)]
+        cells += [_against_first(variant), *(_number(variant.get(key), variant["deviations"].get(key)) for key in more)]
         lines.append(f"| {' | '.join(cells)} |")
     notes = [f"{key.replace('_', ' ')}: {'; '.join(_distinct(variants, key))}." for key in texts]
     return "\n".join([*lines, "", *notes]) if notes else "\n".join(lines)
@@ -264,7 +309,10 @@ def _against_first(variant: Mapping[str, Any]) -> str:
     return f"{difference} ± {found['margin']:.2f}, {found['verdict']}"
 
 
-def _number(value: Any) -> str:
+def _number(value: Any, deviation: float | None = None) -> str:
     if not isinstance(value, float | int):
         return ""
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    told = f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return (
+        told if deviation is None else f"{told} ± {deviation:,.0f}" if deviation >= 100 else f"{told} ± {deviation:.2g}"
+    )

@@ -16,7 +16,7 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from tokenlearner.errors import InputError
-from tokenlearner.insertion.saving import write_whole
+from tokenlearner.insertion.saving import read_json, write_whole
 from tokenlearner.inspection.summary import git_commit, hardware
 from tokenlearner.study.claims import RULE, Claim, compare
 from tokenlearner.study.figures import draw_figure
@@ -62,6 +62,8 @@ class Study:
     claims: tuple[Claim, ...] = ()
     same: tuple[str, ...] = ()
     """Columns that all rows of a size must share, or their means would be of different things."""
+    seeds: str = ""
+    """What a seed is, where variants share more of it than a number: then they are compared seed by seed."""
 
 
 def open_study(name: str, folder: Path = FOLDER) -> Study:
@@ -79,7 +81,12 @@ def open_study(name: str, folder: Path = FOLDER) -> Study:
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # its dataclasses look it up there
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except InputError:
+        raise
+    except Exception as error:  # somebody's own code
+        raise InputError(f"{path} can't be read as a study: {type(error).__name__}: {error}") from error
     study = getattr(module, "STUDY", None)
     if not isinstance(study, Study):
         raise InputError(f"{path} is no study: it names no STUDY of tokenlearner.study.Study")
@@ -121,8 +128,15 @@ def run_study(
         raise InputError(f"{name} has no variant {unknown[0]!r}; it has {', '.join(variants)}")
     if not data.is_dir():
         raise InputError(f"there is no folder {data} of data")
+    if wrong := [seed for seed in seeds if not 0 <= seed < 2**32]:
+        raise InputError(f"a seed must be from 0 to 2^32 - 1, not {wrong[0]}")
+    if output.exists() and not output.is_dir():
+        raise InputError(f"{output} is a file: give a folder for the CSV, the JSON and the figure")
     output.mkdir(parents=True, exist_ok=True)
     path = output / f"{name}.csv"
+    places = {(variant, seed, size) for variant in (only or variants) for seed in seeds}
+    if there := places & {*map(_place, current(read_rows(path), study, size))}:
+        log(f"{name}: {len(there)} of {len(places)} runs are in {path} already")
     for seed in seeds:
         for variant, what in variants.items():
             key = key_of(study.run, what, settings, seed)
@@ -142,7 +156,7 @@ def current(rows: Sequence[Mapping[str, str]], study: Study, size: str) -> list[
     """Those of ``rows`` that are of a size, and of its variants and settings as they are now."""
     settings = study.sizes[size]
     variants = study.variants(settings)
-    chosen = [row for row in rows if row["size"] == size and row["variant"] in variants]
+    chosen = [row for row in rows if row.get("size") == size and row.get("variant") in variants]
     keys = [key_of(study.run, variants[row["variant"]], settings, int(row["seed"])) for row in chosen]
     return [row for row, key in zip(chosen, keys) if row.get("run") == key]
 
@@ -173,7 +187,7 @@ def done_once(run: Callable[[Job], Mapping[str, Any]], job: Job) -> dict[str, An
     """The row of ``job``, done now unless its folder has it."""
     file = job.folder / ROW
     if file.is_file():
-        return json.loads(file.read_text())
+        return read_json(file)
     job.folder.mkdir(parents=True, exist_ok=True)
     wall, cpu, commit = time.perf_counter(), time.process_time(), git_commit(Path.cwd())
     numbers = dict(run(job))
@@ -231,17 +245,29 @@ def summarise(name: str, study: Study, rows: Sequence[Mapping[str, str]], size: 
                 "runs": len(values),
                 "mean": round(statistics.mean(values), 2),
                 "deviation": round(statistics.stdev(values), 2) if len(values) > 1 else None,
-                "against_first": compare(values, scores[first]) if first and variant != first else None,
+                "against_first": compare(values, scores[first], paired=bool(study.seeds))
+                if first and variant != first
+                else None,
             }
             for variant, values in scores.items()
         },
-        "claims": [claim.judged(scores_of(chosen, study, claim.score or study.score, size)) for claim in study.claims],
+        "claims": [
+            claim.judged(scores_of(chosen, study, claim.score or study.score, size), paired=bool(study.seeds))
+            for claim in study.claims
+        ],
     }
 
 
 def scores_of(rows: Sequence[Mapping[str, str]], study: Study, column: str, size: str) -> dict[str, list[float]]:
-    """By variant, of those that have been run, in the study's order."""
+    """By variant, of those that have been run, in the study's order; of a study by ``seeds`` those of the seeds that
+    all of them have, in their order."""
     unit = study.unit if column == study.score else 1.0
+    if study.seeds:
+        of_variant = [
+            {int(row["seed"]) for row in rows if row["variant"] == v} for v in {row["variant"] for row in rows}
+        ]
+        shared = set.intersection(*of_variant) if of_variant else set()
+        rows = sorted((row for row in rows if int(row["seed"]) in shared), key=lambda row: int(row["seed"]))
     found = {
         variant: [unit * float(row[column]) for row in rows if row["variant"] == variant]
         for variant in study.variants(study.sizes[size])
@@ -250,13 +276,16 @@ def scores_of(rows: Sequence[Mapping[str, str]], study: Study, column: str, size
 
 
 def numbers_of(rows: Sequence[Mapping[str, str]]) -> dict[str, Any]:
-    """Label, and the numbers that all ``rows`` of a variant share (MACs, parameters), or else their median."""
-    found: dict[str, Any] = {"label": rows[0]["label"]}
+    """Label, and the means of the numbers of a variant's ``rows``; the deviations of those that differ, by column."""
+    found: dict[str, Any] = {"label": rows[0]["label"], "deviations": {}}
     for column in rows[0]:
         if column in ("variant", "label", "seed", "size", "run", "commit", "command", "hardware"):
             continue
         try:
-            found[column] = statistics.median(float(row[column]) for row in rows)
+            values = [float(row[column]) for row in rows]
+            found[column] = statistics.mean(values)
+            if len(set(values)) > 1:
+                found["deviations"][column] = round(statistics.stdev(values), 6)
         except (ValueError, KeyError):
             found[column] = rows[0][column]
     return found

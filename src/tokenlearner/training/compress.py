@@ -6,7 +6,6 @@ both are timed side by side. Everything on the way is a folder that ``save`` wro
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from collections.abc import Callable, Sequence
@@ -17,28 +16,26 @@ from typing import Any
 import torch
 from torch import nn
 
+from tokenlearner.data.class_names import published_labels, read_as
 from tokenlearner.data.clip_sources import Listing
 from tokenlearner.data.images import OnError, damaged_entries
 from tokenlearner.errors import InputError
 from tokenlearner.evaluation.accuracy import evaluate, needed_preprocessing
 from tokenlearner.evaluation.multilabel import evaluate_multilabel
-from tokenlearner.insertion.hosting import bare_on_meta
-from tokenlearner.insertion.hosts import host_of
-from tokenlearner.insertion.insert import insert, insertion_of
-from tokenlearner.insertion.saving import load, save
+from tokenlearner.insertion.insert import insertion_of
+from tokenlearner.insertion.saving import CONFIG, load, save
 from tokenlearner.inspection.cost import cost
 from tokenlearner.inspection.report import write_report
-from tokenlearner.inspection.speed import measure_speed
 from tokenlearner.inspection.summary import hardware, write_summary
-from tokenlearner.models.opening import open_trained
-from tokenlearner.training.build import inserted_copy, insertion_arguments, refuse_inserted
-from tokenlearner.training.class_names import published_labels, read_as
+from tokenlearner.models.opening import is_of_timm, open_trained
+from tokenlearner.training.budget import check_budget, within_budget
+from tokenlearner.training.build import inserted_copy, refuse_inserted
 from tokenlearner.training.fit import Fitted, Processes
 from tokenlearner.training.foreign import model_of_checkpoint
 from tokenlearner.training.material import Material, prepared, read_material
 from tokenlearner.training.recipe import Recipe, check_recipe
 from tokenlearner.training.side_by_side import results_of
-from tokenlearner.training.train import RECIPE, SUMMARY, Ready, fit_ready, recipe_of_run, refuse_unfinished
+from tokenlearner.training.train import RECIPE, SUMMARY, Ready, check_output, fit_ready, recipe_of_run
 from tokenlearner.training.unlabelled import compress_unlabelled
 
 HOST = "host"  # the folder in the output where the model stands as it was
@@ -84,20 +81,24 @@ def compress(
             a budget that no layer keeps to.
     """
     start, output = time.perf_counter(), Path(output)
-    if macs is not None and latency is not None:
-        raise InputError("--macs and --latency both choose the layer: give one of them")
-    going_on = resume and (output / RECIPE).is_file()
+    check_budget(recipe, macs, latency)
+    refuse_host_settings(recipe)
+    is_first, going_on = Processes.of_torchrun().rank == 0, resume and (output / RECIPE).is_file()
+    if is_first:
+        check_output(output, data, model, resume=resume)
+    if resume:
+        recipe = recipe_of_run(output, recipe)
     if going_on:
-        recipe, macs, latency = recipe_of_run(output, recipe), None, None  # what was chosen for a budget stays
-    elif Processes.of_torchrun().rank == 0:
-        refuse_unfinished(output)
+        macs = latency = None  # what was chosen for them stays
     check_recipe(recipe := replace(recipe, model=None, init=None))
-    source = stand_alone(model, output / HOST, host)
-    before: Any = load(source)
+    before, source = stand_alone(model, output / HOST, host, resume=going_on)
     refuse_inserted(before, model)
+    size = needed_preprocessing(before).model_input
+    inserted_copy(before, recipe, model)  # refused now, not after a budget was measured or the model scored
+    recipe = within_budget(before, recipe, size, macs=macs, latency=latency)
+    student = inserted_copy(before, recipe, model)
+    refuse_dearer(student, before, size)
     if unlabelled or not getattr(before, "num_classes", 0):
-        size = needed_preprocessing(before).model_input
-        recipe = within_budget(before, recipe, size, macs=macs, latency=latency)
         return compress_unlabelled(
             before,
             data,
@@ -108,27 +109,23 @@ def compress(
             resume=resume,
             log=log,
         )
-    student = inserted_copy(before, recipe, model)  # refused now, not after the model was scored
     labels, material = known_classes(before, model, lambda classes: read_material(Path(data), recipe, listing, classes))
     before.preprocessing = rate = prepared(needed_preprocessing(before), before, recipe, material)
-    scored = score(before, material, on_error, recipe.workers)
+    scored, by_chance = score(before, material, on_error, recipe.workers)
     log(f"{model}: {scored:.2%} on {len(material.data.val):,} held-out {material.noun}")
-    refuse_chance(scored, material, model)
-    if macs is not None or latency is not None:
-        recipe = within_budget(before, recipe, rate.model_input, macs=macs, latency=latency)
-        student = inserted_copy(before, recipe, model)
+    refuse_chance(scored, by_chance, material, model)
     spec: Any = insertion_of(student)
     log(f"{spec.describe()}; {recipe.epochs} epochs with the model as teacher")
     wanted = replace(recipe, init=str(source), distill=replace(recipe.distill, teacher=str(source)))
     task = Ready(student, rate, material, labels, teacher=before)
     fitted, val_set = fit_ready(task, wanted, output, on_error=on_error, resume=going_on)
-    if Processes.of_torchrun().rank:  # the first one writes
+    if not is_first:  # which writes
         return {}
     after = load(output)
     metric = "mean average precision" if material.multilabel else "accuracy"
     rows = {
         "host": Fitted(scored, 0.0, [], (), metric),
-        "tokenlearner": replace(fitted, accuracy=score(after, material, on_error, recipe.workers)),
+        "tokenlearner": replace(fitted, accuracy=score(after, material, on_error, recipe.workers)[0]),
     }
     batch = torch.randn(min(16, recipe.batch_size), *rate.model_input)
     results = results_of({"host": before, "tokenlearner": after}, rows, batch)
@@ -179,91 +176,84 @@ def known_classes(
     return classes, material
 
 
-def stand_alone(model: str, folder: Path, host: str | None) -> Path:
-    """The folder of ``model``: its own if ``save`` wrote it, else ``folder``, where it is saved."""
+def stand_alone(model: str, folder: Path, host: str | None, *, resume: bool = False) -> tuple[Any, Path]:
+    """``model``, and the folder it is in: its own if it can be loaded from there, else ``folder``, where it is saved.
+
+    Of several processes the first one saves it.
+    """
     path = Path(model)
-    if path.is_dir():
-        return path
-    if path.is_file():
-        if host is None:
-            raise InputError(f"{model} is a checkpoint: say whose with --host, such as --host vit_base_patch16_224")
-        found = model_of_checkpoint(path, host)
-    else:
-        found = open_trained(model)
-    names = getattr(found, "label_names", None)
-    return save(found, folder, labels=names or published_labels(getattr(found, "num_classes", 0)))
+    if host is not None and not path.is_file():
+        raise InputError(f"--host says whose weights a checkpoint file holds, and {model} is no file: leave it out")
+    if path.is_dir() and not is_of_timm(path):
+        return load(path), path
+    if resume and (folder / CONFIG).is_file():
+        return load(folder), folder
+    if path.is_file() and host is None:
+        raise InputError(f"{model} is a checkpoint: say whose with --host, such as --host vit_base_patch16_224")
+    found: Any = open_trained(model) if host is None else model_of_checkpoint(path, host)
+    labels = getattr(found, "label_names", None) or published_labels(getattr(found, "num_classes", 0))
+    found.label_names = tuple(labels) if labels else None
+    if Processes.of_torchrun().rank == 0:
+        save(found, folder, labels=labels)
+    return found, folder
 
 
-def score(model: nn.Module, material: Material, on_error: OnError, workers: int) -> float:
-    """Top-1, or mean average precision of multi-label data, on the held-out part."""
+def refuse_host_settings(recipe: Recipe) -> None:
+    """``InputError`` for what a recipe says of the model, which is there already."""
+    of_host = {"model": recipe.model, "init": recipe.init, "pretrained": recipe.pretrained or None}
+    of_host |= {f"clip.{name}": getattr(recipe.clip, name) for name in ("frames", "tubelet", "module")}
+    of_host["distill.teacher"] = recipe.distill.teacher
+    if given := [name for name, value in of_host.items() if value is not None]:
+        raise InputError(f"the model is MODEL, as it is: leave {', '.join(given)} out of the recipe")
+
+
+def refuse_dearer(student: nn.Module, before: nn.Module, size: tuple[int, ...]) -> None:
+    """``InputError`` where the TokenLearner makes the model more expensive: on few patches."""
+    share = cost(student, size).macs / (whole := cost(before, size)).macs
+    if share >= 1:
+        spec: Any = insertion_of(student)
+        raise InputError(
+            f"{spec.describe()} take {share:.2f} times the multiply-adds of the model, whose layers see "
+            f"{min(whole.tokens)} tokens: give fewer --tokens"
+        )
+
+
+def score(model: nn.Module, material: Material, on_error: OnError, workers: int) -> tuple[float, float]:
+    """Top-1, or mean average precision of multi-label data, on the held-out part, and what chance would have given.
+
+    Chance deals the model's own predictions out to the images at random; for the precision, three deviations above the
+    mean of ten times.
+    """
     val: Any = material.data.val
     if material.multilabel:
-        return evaluate_multilabel(model, val, on_error=on_error, workers=workers, views=(1, 1)).mean_average_precision
-    return evaluate(model, val, on_error=on_error, workers=workers, views=(1, 1)).top1
+        found = evaluate_multilabel(model, val, on_error=on_error, workers=workers, views=(1, 1), shuffles=10)
+        dealt = torch.tensor(found.by_chance)
+        return found.mean_average_precision, float(dealt.mean() + 3 * dealt.std())
+    accuracy = evaluate(model, val, on_error=on_error, workers=workers, views=(1, 1))
+    assert accuracy.by_chance is not None
+    return accuracy.top1, accuracy.by_chance
 
 
-def refuse_chance(scored: float, material: Material, name: str) -> None:
-    """``InputError`` where guessing gets a single-label score as high in one of a hundred cases or more."""
-    if material.multilabel:
-        return
-    chance, count = 1 / len(material.data.train.classes), len(material.data.val)
+def refuse_chance(scored: float, by_chance: float, material: Material, name: str) -> None:
+    """``InputError`` where guessing, as often of each class as the model does, scores as high in one of a hundred cases
+    or more.
+    """
+    count = len(material.data.val)
     hits = round(scored * count)
-    if hits < count and at_least(hits, count, chance) >= 0.01:
+    as_likely = scored <= by_chance if material.multilabel else at_least(hits, count, by_chance) >= 0.01
+    if as_likely and scored < 1:
         raise InputError(
-            f"{name} scores {scored:.2%} on {count:,} held-out {material.noun}, where guessing gives {chance:.2%}: its "
-            "labels are not these classes in this order, its inputs are prepared differently, or its weights not loaded"
+            f"{name} scores {scored:.2%} on {count:,} held-out {material.noun}, where guessing gives {by_chance:.2%}: "
+            "its labels are not these classes in this order, its inputs are prepared differently, or its weights not "
+            "loaded"
         )
 
 
 def at_least(hits: int, count: int, chance: float) -> float:
     """How likely ``hits`` or more of ``count`` are, each of probability ``chance`` (binomial distribution)."""
+    if chance <= 0:
+        return float(hits <= 0)
     k = torch.arange(hits, count + 1, dtype=torch.float64)
     n = torch.tensor(float(count), dtype=torch.float64)
     ways = torch.lgamma(n + 1) - torch.lgamma(k + 1) - torch.lgamma(n - k + 1)
     return float((ways + k * math.log(chance) + (n - k) * math.log1p(-chance)).logsumexp(0).exp())
-
-
-def within_budget(
-    model: nn.Module,
-    recipe: Recipe,
-    size: tuple[int, ...],
-    *,
-    macs: float | None = None,
-    latency: float | None = None,
-) -> Recipe:
-    """``recipe`` with the place and the number of tokens for a share of the host's MACs, or of its time for one input;
-    as it is where neither is given.
-
-    The last layer before which ``recipe.tokens`` tokens keep to it, then as many tokens, doubled again and again, as
-    still do there: later layers see more of the picture, and what is left of the budget goes to more tokens.
-
-    Raises:
-        InputError: No layer is early enough; says what the earliest comes to.
-    """
-    wanted = macs if latency is None else latency
-    if wanted is None:
-        return recipe
-    if not 0 < wanted < 1:
-        raise InputError(f"a budget is a share of the model's own cost, above 0 and below 1, not {wanted}")
-    depth = len(host_of(model).layers())
-    whole = cost(model, size)
-
-    def share(at: int, tokens: int) -> float:
-        arguments = {**insertion_arguments(recipe), "num_tokens": tokens, "at": at}
-        if latency is None:
-            with torch.device("meta"):
-                return cost(insert(bare_on_meta(model), **arguments), size).macs / whole.macs
-        twin = insert(copy.deepcopy(model), **arguments)
-        speeds = measure_speed({"host": model, "it": twin}, torch.randn(1, *size), rounds=5)
-        return 1 / speeds[1].ratio
-
-    low, high, tokens = 0, depth, recipe.tokens  # shares grow with at
-    if (least := share(0, tokens)) > wanted:
-        what = "MACs" if latency is None else "time"
-        raise InputError(f"{tokens} tokens from the first layer on still take {least:.2f} of the {what}, not {wanted}")
-    while low < high:
-        middle = (low + high + 1) // 2
-        low, high = (middle, high) if share(middle, tokens) <= wanted else (low, middle - 1)
-    while 2 * tokens < min(whole.tokens) and share(low, 2 * tokens) <= wanted:
-        tokens *= 2
-    return replace(recipe, at=low, tokens=tokens)

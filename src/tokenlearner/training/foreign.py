@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import math
+import pickle
 import re
+from collections import defaultdict
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import safetensors.torch
 import timm
@@ -22,73 +25,113 @@ _PLACES = (
     "model_ema",
     "ema_state_dict",
     "ema",
+    "shadow",
     "state_dict",
     "model_state_dict",
     "model",
+    "module",
     "net",
     "weights",
 )
 _WRAPPERS = re.compile(r"^(?:(?:module|model|_orig_mod|ema_model|backbone|net|network)\.)+")
+_HEADS = ("head.weight", "head.fc.weight", "fc.weight", "classifier.weight")
+_NOT_WEIGHTS = ("num_batches_tracked", "total_ops", "total_params", "n_averaged")
 
 
-def read_checkpoint(path: str | Path) -> dict[str, Tensor]:
-    """The tensors of a ``.safetensors`` file or of what ``torch.save`` wrote, by the model's own names.
+class Weights(NamedTuple):
+    """Tensors of a checkpoint by the model's own names, and what stood beside the wrapped model, a loss for one."""
+
+    own: dict[str, Tensor]
+    beside: dict[str, Tensor]
+
+
+def read_checkpoint(path: str | Path) -> Weights:
+    """The tensors of a ``.safetensors`` file or of what ``torch.save`` wrote.
 
     Wrappers (``module.``, ``model.``, ``_orig_mod.``) are taken off, and of a training checkpoint the averaged weights
     are taken where there are any.
 
     Raises:
-        InputError: The file is not there, is damaged, or holds no weights.
+        InputError: The file is not there, is damaged, holds no weights, or those of several models.
     """
     path = Path(path)
     if not path.is_file():
         raise InputError(f"there is no checkpoint {path}")
-    try:
-        found: Any = (
-            safetensors.torch.load_file(path)
-            if path.suffix == ".safetensors"
-            else torch.load(path, map_location="cpu", weights_only=True)
-        )
-    except Exception as error:  # whatever a damaged file, or a pickle of other classes, makes of the readers
-        raise InputError(f"{path} can't be read as weights: {' '.join(str(error).split())[:200]}") from error
-    for _ in range(3):  # a checkpoint may hold an EMA's own state dict, which holds the weights
-        place = next(
-            (name for name in _PLACES if isinstance(found, Mapping) and isinstance(found.get(name), Mapping)), None
-        )
-        if place is None:
-            break
-        found = found[place]
-    tensors = (
-        {str(key): value for key, value in found.items() if isinstance(value, Tensor)}
-        if isinstance(found, Mapping)
-        else {}
-    )
-    if not tensors:
+    found = _state_dict(_read(path))
+    if not found:
         raise InputError(f"{path} holds no weights: expected a state dict, or a checkpoint with one")
-    return {_WRAPPERS.sub("", key): value for key, value in tensors.items()}
+    groups: defaultdict[str, dict[str, Tensor]] = defaultdict(dict)
+    for key, value in found.items():
+        bare = _WRAPPERS.sub("", key)
+        groups[key.removesuffix(bare)][bare] = value
+    beside = groups.pop("", {})
+    if not groups:
+        return Weights(beside, {})
+    averaged = [wrapper for wrapper in groups if "ema_model." in wrapper]
+    own: dict[str, Tensor] = {}
+    for wrapper in averaged or groups:
+        for key, value in groups[wrapper].items():
+            if key in own and not torch.equal(own[key], value):
+                raise InputError(
+                    f"{path} holds several models, in {' and '.join(sorted(averaged or groups))}: save one's state dict"
+                )
+            own[key] = value
+    return Weights(own, beside)
+
+
+def _read(path: Path) -> Any:
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        with torch.serialization.safe_globals([argparse.Namespace]):  # timm's checkpoints hold their arguments
+            return torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if (other := re.search(r"Unsupported (?:global|class):? (?:GLOBAL )?([\w.]+)", str(error))) is None:
+            raise InputError(f"{path} can't be read as weights: it is no file of torch.save, or damaged") from error
+        raise InputError(
+            f"{path} holds more than weights ({other[1]}), which could run code when it is read: save the model's "
+            "state_dict() alone"
+        ) from error
+    except Exception as error:  # whatever a damaged file makes of the readers
+        reason = " ".join(str(error).split())[:200] or "it is empty"
+        raise InputError(f"{path} can't be read as weights: {reason}") from error
+
+
+def _state_dict(found: Any) -> dict[str, Tensor]:
+    """The tensors of a state dict, or of one a checkpoint holds, at any of the usual places; of none where none is."""
+    if not isinstance(found, Mapping):
+        return {}
+    for place in _PLACES:
+        if inner := _state_dict(found.get(place)):
+            return inner
+    return {str(key): value for key, value in found.items() if isinstance(value, Tensor)}
 
 
 def model_of_checkpoint(path: str | Path, host: str) -> nn.Module:
     """The timm model named ``host`` with the weights of ``path``, as many outputs as its head has, for square images of
     as many patches as the checkpoint has positions.
 
+    What a training program keeps beside the model it wraps, such as a loss with weights or a teacher, is left out.
+
     Raises:
         InputError: No such model, or weights of another one; names what differs.
     """
-    state = read_checkpoint(path)
+    found = read_checkpoint(path)
     if not timm.is_model(host):
-        raise InputError(f"timm has no model {host!r}: give the name of the one whose weights {path} holds")
-    heads = [
-        state[key].shape[0]
-        for key in ("head.weight", "head.fc.weight", "fc.weight", "classifier.weight")
-        if key in state
-    ]
+        of_transformers = "; of a model of transformers give the folder that save_pretrained wrote, without --host"
+        raise InputError(
+            f"timm has no model {host!r}: give the name of the one whose weights {path} holds"
+            f"{of_transformers if '/' in host else ''}"
+        )
+    state = {**found.beside, **found.own}  # a head may stand beside a wrapped backbone
+    heads = [state[key].shape[0] for key in _HEADS if key in state]
     options: dict[str, Any] = {"num_classes": heads[0] if heads else 0}
-    model = timm.create_model(host, **options)
+    model = _created(host, options)
     if (side := _image_size(model, state)) is not None:
-        model = timm.create_model(host, img_size=side, **options)
+        model = _created(host, {**options, "img_size": side})
     own = model.state_dict()
-    ignored = {key for key in state if key.endswith(("num_batches_tracked", "total_ops", "total_params", "n_averaged"))}
+    state = {key: value for key, value in state.items() if key in own or key in found.own}
+    ignored = {key for key in state if key.endswith(_NOT_WEIGHTS)}
     missing = sorted(own.keys() - state.keys() - ignored)
     extra = sorted(state.keys() - own.keys() - ignored)
     shapes = sorted(
@@ -102,6 +145,13 @@ def model_of_checkpoint(path: str | Path, host: str) -> nn.Module:
         raise InputError(f"{path} is not of {host}: {'; '.join([*parts, *shapes[:2]])}")
     model.load_state_dict({key: value for key, value in state.items() if key in own})
     return model.eval()
+
+
+def _created(host: str, options: dict[str, Any]) -> nn.Module:
+    try:
+        return timm.create_model(host, **options)
+    except Exception as error:
+        raise InputError(f"timm can't build {host} with {options}: {error}") from error
 
 
 def _image_size(model: nn.Module, state: Mapping[str, Tensor]) -> int | None:

@@ -22,6 +22,8 @@ from tokenlearner.insertion.saving import Preprocessing
 from tokenlearner.training.looks import film_looks, looks_at
 from tokenlearner.training.recipe import AugmentRecipe, Recipe
 
+FPS = 12.5  # frames a second of clips, where neither recipe nor model says
+
 
 @dataclass(frozen=True)
 class Material:
@@ -121,7 +123,7 @@ def read_material(
 
 
 def prepared(preprocessing: Preprocessing, model: nn.Module, recipe: Recipe, material: Material) -> Preprocessing:
-    """``preprocessing`` with the rate of clips that the recipe asks for.
+    """``preprocessing`` with the rate of clips that the recipe asks for, or that it has, or else :data:`FPS`.
 
     Raises:
         InputError: A model of images for clips, or the other way round.
@@ -134,7 +136,7 @@ def prepared(preprocessing: Preprocessing, model: nn.Module, recipe: Recipe, mat
         raise InputError(
             "DATA holds videos, and the model takes images: give a model of clips, such as vivit_tiny_patch16x2_224"
         )
-    return replace(preprocessing, fps=recipe.clip.fps)
+    return replace(preprocessing, fps=recipe.clip.fps or preprocessing.fps or FPS)
 
 
 def training_transform(preprocessing: Preprocessing, augment: AugmentRecipe) -> Any:

@@ -56,8 +56,9 @@ class AugmentRecipe:
 class ClipRecipe:
     frames: int | None = None
     """Frames of a clip; the model's own when not given."""
-    fps: float = 12.5
-    """Frames a second a clip shows, whatever the video's own rate."""
+    fps: float | None = None
+    """Frames a second a clip shows, whatever the video's own rate; when not given those of the model it starts from,
+    else 12.5."""
     tubelet: int | None = None
     """Frames of a tubelet; the model's own when not given."""
     short_side: int | None = None
@@ -222,7 +223,7 @@ def check_recipe(recipe: Recipe) -> None:
     for name, count in (("frames", clip.frames), ("tubelet", clip.tubelet), ("short_side", clip.short_side)):
         if count is not None and count < 1:
             raise InputError(f"clip.{name} must be at least 1, not {count}")
-    if not 0 < clip.fps < float("inf"):
+    if clip.fps is not None and not 0 < clip.fps < float("inf"):
         raise InputError(f"clip.fps must be above 0, not {clip.fps}")
     if min(clip.views) < 1:
         raise InputError(f"clip.views must be at least one window and one crop, not {clip.views}")

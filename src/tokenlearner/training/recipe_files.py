@@ -9,7 +9,14 @@ from cyclopts import App, CycloptsError, Parameter, Token
 from cyclopts.config import Toml, Yaml
 
 from tokenlearner.errors import InputError
-from tokenlearner.training.recipe import CompressDistill, CompressRecipe, DistillRecipe, OptimizerRecipe, Recipe
+from tokenlearner.training.recipe import (
+    ClipRecipe,
+    CompressDistill,
+    CompressRecipe,
+    DistillRecipe,
+    OptimizerRecipe,
+    Recipe,
+)
 
 
 def layer_index_or_share(_: Any, tokens: Sequence[Token]) -> int | float:
@@ -54,6 +61,13 @@ class _CompressDistill(CompressDistill):
 
 
 @dataclass
+class _CompressClip(ClipRecipe):
+    frames: Annotated[int | None, _SET] = None
+    tubelet: Annotated[int | None, _SET] = None
+    module: Annotated[str | None, _SET] = None
+
+
+@dataclass
 class CommandLineCompressRecipe(CompressRecipe, CommandLineRecipe):
     """What ``compress`` lets one choose."""
 
@@ -62,6 +76,7 @@ class CommandLineCompressRecipe(CompressRecipe, CommandLineRecipe):
     pretrained: Annotated[bool, _SET] = False
     image_size: Annotated[int | None, _SET] = None
     drop_path: Annotated[float, _SET] = 0.0
+    clip: _CompressClip = field(default_factory=_CompressClip)
     distill: _CompressDistill = field(default_factory=_CompressDistill)
 
 
@@ -112,6 +127,7 @@ def plain_recipe(recipe: Recipe) -> Recipe:
     """The recipe without the command line's annotations, so that one from Python and one parsed compare equal."""
     plain = Recipe(**vars(recipe))
     plain.optimizer = OptimizerRecipe(**asdict(recipe.optimizer))  # compress has defaults of its own for these
+    plain.clip = ClipRecipe(**asdict(recipe.clip))
     plain.distill = DistillRecipe(**asdict(recipe.distill))
     if str(plain.augment.auto_augment).lower() == "none":  # where a word is allowed, cyclopts takes none for one
         plain.augment = replace(plain.augment, auto_augment=None)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -43,6 +44,7 @@ from tokenlearner.training.optim import build_optimizer
 from tokenlearner.training.recipe import Recipe, check_recipe, recipe_from_dict, resumed_recipe
 
 RECIPE, SUMMARY = "recipe.json", "summary.json"
+MODEL_FILES = ("config.json", "model.safetensors")
 
 
 class Ready(NamedTuple):
@@ -91,10 +93,10 @@ def train(
     """
     start, output = time.perf_counter(), Path(output)
     is_first = Processes.of_torchrun().rank == 0
+    if is_first:
+        check_output(output, data, resume=resume)
     if resume:
         recipe = recipe_of_run(output, recipe)
-    elif is_first:
-        refuse_unfinished(output)
     check_recipe(recipe)
     L.seed_everything(recipe.seed, workers=True, verbose=False)
     task = made_ready(recipe, read_material(Path(data), recipe, listing, classes))
@@ -223,6 +225,30 @@ def recipe_of_run(output: Path, given: Recipe) -> Recipe:
         raise InputError(f"--resume goes on with the recipe in {path}: {error}") from error
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise InputError(f"{path} is not a recipe of this version: {error}") from error
+
+
+def check_output(output: Path, data: str | Path, model: str | None = None, *, resume: bool = False) -> None:
+    """Before anything is computed.
+
+    Raises:
+        InputError: ``output`` can't be a folder, is what the run reads, or holds an unfinished run or a model that no
+            run wrote.
+    """
+    above = next(folder for folder in (output, *output.absolute().parents) if folder.exists())
+    if not above.is_dir():
+        raise InputError(f"--output {output} can't be a folder, since {above} is a file: give a new folder")
+    if not os.access(above, os.W_OK):
+        raise InputError(f"--output {output} can't be written: {above} does not allow it")
+    place, read = output.resolve(), Path(data).resolve()
+    if model is not None and place == Path(model).resolve():
+        raise InputError(f"--output {output} is MODEL itself, which would be lost: give a new folder")
+    if place == read or (read in place.parents and read.is_dir()):
+        raise InputError(f"--output {output} is in DATA, where the next run would read it: give a folder elsewhere")
+    if resume:
+        return
+    refuse_unfinished(output)
+    if not (output / RECIPE).exists() and (kept := next((n for n in MODEL_FILES if (output / n).exists()), None)):
+        raise InputError(f"--output {output} has a {kept} that no training wrote: give a new folder")
 
 
 def refuse_unfinished(output: Path) -> None:

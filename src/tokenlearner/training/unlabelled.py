@@ -51,10 +51,10 @@ from tokenlearner.training.train import (
     RECIPE,
     SUMMARY,
     Ready,
+    check_output,
     checked_sets,
     fit_ready,
     recipe_of_run,
-    refuse_unfinished,
 )
 
 METRIC = "cosine"  # of the angle to the host's features
@@ -263,10 +263,10 @@ def compress_unlabelled(
     start, output = time.perf_counter(), Path(output)
     is_first = Processes.of_torchrun().rank == 0
     going_on = resume and (output / RECIPE).is_file()
+    if is_first:
+        check_output(output, data, resume=resume)
     if going_on:
         recipe = recipe_of_run(output, recipe)
-    elif is_first:
-        refuse_unfinished(output)
     check_recipe(recipe)
     refuse_clips(model)
     student = inserted_copy(model, recipe, name)

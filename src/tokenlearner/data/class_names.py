@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
@@ -28,7 +28,8 @@ def read_as(
 
     Where the data has other names for them, ``classes`` has these in the labels' places: names that differ in case and
     punctuation only, one of several in a label ("tench, Tinca tinca"), and of ImageNet's classes the words for a folder
-    such as n01440764.
+    such as n01440764, or such a folder for the words. A label that is there twice is told apart by its place, as
+    :func:`distinct` does.
 
     Args:
         read: Takes the classes, or None to take them from the data.
@@ -37,6 +38,7 @@ def read_as(
     Raises:
         InputError: The data has a class that is none of the labels, or could be two of them.
     """
+    labels = distinct(labels)
     try:
         return read(labels)
     except InputError as error:
@@ -49,18 +51,20 @@ def read_as(
         return read(renamed(labels, names))
 
 
+def distinct(labels: Sequence[str]) -> list[str]:
+    """``labels``, with its place behind each that is there twice: of ImageNet's cranes, "crane (134)" is the bird."""
+    times = Counter(labels)
+    return [f"{label} ({place})" if times[label] > 1 else label for place, label in enumerate(labels)]
+
+
 def renamed(labels: Sequence[str], names: Sequence[str]) -> list[str]:
-    """``labels``, each replaced by the one of ``names`` that means it, if any.
+    """``labels``, each different from the others, and each replaced by the one of ``names`` that means it, if any.
 
     Raises:
         InputError: A name means none of them, or several, or two mean the same.
     """
     known: defaultdict[str, set[int]] = defaultdict(set)
-    info = _imagenet(len(labels))
-    for place, label in enumerate(labels):
-        words = [label, *label.split(",")]
-        if info and label in info.label_names():
-            words += info.label_name_to_description(label).split(",")
+    for place, words in enumerate(_words(labels)):
         for word in words:
             known[_plain(word)].add(place)
     classes = list(labels)
@@ -77,6 +81,23 @@ def renamed(labels: Sequence[str], names: Sequence[str]) -> list[str]:
             raise InputError(f"the classes {classes[place]} and {name} both mean {labels[place]}: put them into one")
         classes[place] = name
     return classes
+
+
+def _words(labels: Sequence[str]) -> list[list[str]]:
+    """What each of the labels may be called."""
+    bare = [re.sub(r" \(\d+\)$", "", label) for label in labels]  # of those that distinct told apart
+    found = [[label, *short.split(",")] for label, short in zip(labels, bare)]
+    info = _imagenet(len(labels))
+    if info is None:
+        return found
+    folders = info.label_names()
+    described = [info.label_name_to_description(folder).split(",") for folder in folders]
+    if list(labels) == folders:
+        return [[*own, *words] for own, words in zip(found, described)]
+    alike = sum(bool({*map(_plain, own)} & {*map(_plain, words)}) for own, words in zip(found, described))
+    if alike < 0.9 * len(labels):  # as many outputs as ImageNet has classes, and others, or in another order
+        return found
+    return [[*own, folder] for own, folder in zip(found, folders)]
 
 
 def _plain(name: str) -> str:
