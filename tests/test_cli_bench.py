@@ -100,11 +100,15 @@ def test_inputs_of_different_sizes_are_listed(folders, run):
         (("plain", "--input-size", "3", "33", "32"), "plain: VisionTransformer can't take an input of \\(3, 33, 32\\)"),
         (("plain", "--cuda-graphs"), "CUDA graphs go with a compiled model on a GPU"),
         (("plain", "--batch-sizes", "4", "4"), "batch sizes are different numbers"),
+        (("plain", "--seconds", "nan"), "at least one round of more than 0 seconds is needed, not \\d+ of nan"),
+        (("plain", "--batch-sizes", "100000000000"), "there is no room for inputs of 100000000000×3×32×32 on cpu"),
+        (("plain", "--output", "plain/config.json"), "is a file: give a folder for bench.json and bench.png"),
+        (("plain", "plain/../plain"), "is given twice"),
     ],
 )
 def test_refusals_are_one_sentence(folders, run, arguments, message):
     first, *rest = arguments
-    named = [str(folders / word) if word in ("plain", "large", "none") else word for word in rest]
+    named = [str(folders / word) if word.startswith(("plain", "large", "none")) else word for word in rest]
     name = first if "vit" in first else folders / first
     code, out, err = run("bench", name, *named)
     assert (code, out, err.count("\n")) == (1, "", 1)

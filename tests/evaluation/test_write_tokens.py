@@ -280,6 +280,31 @@ def test_resume_goes_on_as_it_began(model, films, tmp_path, changed, reason):
         write_tokens(model, films / "run.mp4", tmp_path, resume=True, **changed)
 
 
+def test_resume_of_another_video_or_in_another_format(model, films, tmp_path):
+    write_tokens(model, films / "run.mp4", tmp_path / "out")
+    (tmp_path / "run.mp4").write_bytes((films / "run.mp4").read_bytes() + bytes(8))
+    with pytest.raises(InputError, match=r"run\.safetensors is of .*run\.mp4, of \d+ bytes, not of .*run\.mp4, of \d+"):
+        write_tokens(model, tmp_path / "run.mp4", tmp_path / "out", resume=True)
+    pytest.importorskip("pyarrow")
+    with pytest.raises(
+        InputError, match=r"has run\.safetensors: --resume goes on with the --format a folder was begun"
+    ):
+        write_tokens(model, films / "run.mp4", tmp_path / "out", resume=True, format="parquet")
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        ({"batch_size": 0}, "batch_size must be at least 1, not 0"),
+        ({"frame_fps": 0.0}, "frame_fps must be above 0, not 0"),
+    ],
+)
+def test_numbers_that_make_no_sense_leave_no_folder(model, films, tmp_path, options, reason):
+    with pytest.raises(InputError, match=reason):
+        write_tokens(model, films / "run.mp4", tmp_path / "out", **options)
+    assert not (tmp_path / "out").exists()
+
+
 def test_resume_with_other_weights_or_a_strange_file(model, films, tmp_path):
     write_tokens(model, films / "run.mp4", tmp_path)
     other = image_model()
@@ -397,7 +422,8 @@ torch.set_num_threads(1)
 model, peaks = tokenlearner.load(sys.argv[1]), []
 for video in sys.argv[4:]:
     for format in sys.argv[3].split():
-        write_tokens(model, video, sys.argv[2], resume=True, layer="learned", dtype="float32", format=format)
+        out = f"{sys.argv[2]}/{format}"
+        write_tokens(model, video, out, resume=True, layer="learned", dtype="float32", format=format)
     status = Path("/proc/self/status").read_text().splitlines()
     peaks.append(next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmHWM")))
 print(json.dumps(peaks))
@@ -413,7 +439,7 @@ def test_memory_stays_flat_over_a_long_video(tmp_path):
     formats = "safetensors" if importlib.util.find_spec("pyarrow") is None else "safetensors parquet"
     command = [sys.executable, "-c", GROWTH, folder, tmp_path / "out", formats, *videos]
     run = subprocess.run(command, timeout=200, check=True, capture_output=True, text=True)
-    sizes = [(tmp_path / "out" / f"{times}.safetensors").stat().st_size for times in (30, 80)]
+    sizes = [(tmp_path / "out/safetensors" / f"{times}.safetensors").stat().st_size for times in (30, 80)]
     assert sizes[1] - sizes[0] > 65e6
     short, long = json.loads(run.stdout)
     assert long - short < 20

@@ -99,13 +99,14 @@ def test_a_trained_model_is_made_cheaper(videos, tmp_path, monkeypatch):
         csv.writer(file).writerows([("file", "label"), *rows])
     listing = Listing(val=listed)
     train(listed, recipe, tmp_path / "host", listing=listing)
-    short = replace(recipe, image_size=None, tokens=2, epochs=2, maps="clusters", clip=ClipRecipe(fps=10.0))
+    short = replace(recipe, model=None, image_size=None, tokens=2, epochs=2, maps="clusters", clip=ClipRecipe())
     summary = compress(str(tmp_path / "host"), listed, tmp_path / "out", short, listing=listing, log=lambda line: None)
     before, after = summary["models"]
     assert (before["accuracy"], before["inputs"]) == (1.0, "clips")
     assert after["macs"] < before["macs"]
     model = tokenlearner.load(tmp_path / "out")
     assert (model.token_learner_insertion.num_tokens, model.preprocessing.frames) == (2, 4)
+    assert model.preprocessing.fps == tokenlearner.load(tmp_path / "host").preprocessing.fps == 10.0  # the host's own
     assert list((tmp_path / "out/maps").glob("*.png"))
 
 
@@ -218,10 +219,10 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(videos, tmp_pat
 
 def test_a_model_of_clips_takes_no_pictures(tmp_path):
     for name in ("a", "b"):
-        (tmp_path / name).mkdir()
+        (tmp_path / "data" / name).mkdir(parents=True)
         for i in range(2):
-            Image.new("RGB", (8, 8)).save(tmp_path / name / f"{i}.png")
+            Image.new("RGB", (8, 8)).save(tmp_path / "data" / name / f"{i}.png")
     with pytest.raises(InputError, match="the model takes clips, and DATA holds pictures"):
-        train(tmp_path, replace(RECIPE, clip=ClipRecipe()), tmp_path / "run")
+        train(tmp_path / "data", replace(RECIPE, clip=ClipRecipe()), tmp_path / "run")
     with pytest.raises(InputError, match="--videos, --classes, --val and --hierarchy are about videos"):
-        train(tmp_path, replace(RECIPE, model="test_vit"), tmp_path / "run", listing=Listing(videos=tmp_path))
+        train(tmp_path / "data", replace(RECIPE, model="test_vit"), tmp_path / "run", listing=Listing(videos=tmp_path))

@@ -30,7 +30,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
         app(arguments, exit_on_error=False, result_action="return_none")
     except CycloptsError:
         sys.exit(2)  # cyclopts has printed what was wrong
-    except (InputError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
+    except (
+        InputError,
+        FileExistsError,
+        FileNotFoundError,
+        PermissionError,
+        IsADirectoryError,
+        NotADirectoryError,
+    ) as error:
         if os.environ.get("RANK", "0") == "0":  # torchrun's other processes would say the same
             print(f"tokenlearner: {error}", file=sys.stderr)
         sys.exit(1)

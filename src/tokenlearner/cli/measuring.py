@@ -57,6 +57,8 @@ def bench(
         "mode": mode,
         "rounds": rounds,
     }
+    if output is not None and output.exists() and not output.is_dir():
+        raise InputError(f"--output {output} is a file: give a folder for bench.json and bench.png")
     opened = open_models(models, learned)
     size = input_size or common_input_size(opened)
     with progress_bar("rounds") as progress:
@@ -88,7 +90,7 @@ def open_models(names: list[str], learned: Learned) -> dict[str, Any]:
     """The models by name, with weights; of a timm name with ``learned.tokens`` also the one that learns them."""
     opened: dict[str, Any] = {}
     for name in names:
-        if name in opened:
+        if name in opened or (Path(name).is_dir() and any(Path(name).samefile(o) for o in opened if Path(o).is_dir())):
             raise InputError(f"{name} is given twice")
         if Path(name).is_dir():
             opened[name] = open_model(name, Learned(), on="cpu")
@@ -96,7 +98,8 @@ def open_models(names: list[str], learned: Learned) -> dict[str, Any]:
             opened[name] = open_model(name, learned, on="cpu")
         else:
             opened[name] = open_model(name, Learned(tokens=0), on="cpu")
-            opened[f"{name}, {learned.tokens} tokens at {learned.at}"] = open_model(name, learned, on="cpu")
+            if learned.tokens:
+                opened[f"{name}, {learned.tokens} tokens at {learned.at}"] = open_model(name, learned, on="cpu")
     if learned.tokens is not None and all(Path(name).is_dir() for name in names):
         raise InputError("--tokens goes with timm names; what a saved model learns is already decided")
     return opened

@@ -25,6 +25,7 @@ from tokenlearner.inspection.speed import usable_device
 
 ALL_FRAMES = "all"  # in a file's metadata, where no rate was asked for
 _SAME = ("weights", "insertion", "layer", "fps", "frame_fps", "precision", "dtype")  # in all files of a folder
+_SUFFIXES = {"safetensors": ".parquet", "parquet": ".safetensors"}  # of the other format
 
 
 def write_tokens(
@@ -70,7 +71,7 @@ def write_tokens(
     """
     start, out = time.perf_counter(), Path(out)
     spec = inserted_alone(model)
-    _check_options(format, dtype, shard)
+    _check_options(format, dtype, shard, batch_size, frame_fps)
     options: dict[str, Any] = {
         "layer": layer,
         "fps": fps,
@@ -82,7 +83,9 @@ def write_tokens(
     sources = output_names(_sources(model, Path(source), frame_fps), Path(source), f".{format}")
     mine = sorted(sources.items(), key=lambda entry: entry[1])[shard[0] - 1 :: shard[1]]
     rates = [rate_of(model, this, fps) for this, _ in mine]
-    if not resume:
+    if resume:
+        _refuse_other_format(out, [file for _, file in mine], format)
+    else:
         _refuse_files(out, [file for _, file in mine] if shard[1] > 1 else None)
     made = {
         "format": "pt",
@@ -99,7 +102,12 @@ def write_tokens(
     damaged: list[Damaged] = []
     present = 0
     for done, ((this, file), rate) in enumerate(zip(mine, rates)):
-        about = {**made, "source": str(this), "fps": ALL_FRAMES if rate is None else f"{rate:g}"}
+        about = {
+            **made,
+            "source": str(this),
+            "extent": extent(this),
+            "fps": ALL_FRAMES if rate is None else f"{rate:g}",
+        }
         if resume and (out / file).exists():
             _check_same(out / file, about)
             present += 1
@@ -135,13 +143,23 @@ def write_tokens(
     }
 
 
-def _check_options(format: str, dtype: str, shard: tuple[int, int]) -> None:  # noqa: A002
+def _check_options(
+    format: str,  # noqa: A002
+    dtype: str,
+    shard: tuple[int, int],
+    batch_size: int,
+    frame_fps: float | None,
+) -> None:
     if format not in ("safetensors", "parquet") or dtype not in ("float16", "float32"):
         raise InputError(
             f"format is 'safetensors' or 'parquet' and dtype 'float16' or 'float32', not {format}, {dtype}"
         )
     if format == "parquet":
         needed_pyarrow()
+    if batch_size < 1:
+        raise InputError(f"batch_size must be at least 1, not {batch_size}")
+    if frame_fps is not None and not 0 < frame_fps < float("inf"):
+        raise InputError(f"frame_fps must be above 0, not {frame_fps:g}")
     if not 1 <= shard[0] <= shard[1]:
         raise InputError(f"shard is {shard[0]}/{shard[1]}: give i/n, with i from 1 to n")
 
@@ -201,8 +219,27 @@ def _refuse_files(out: Path, own: Sequence[str] | None) -> None:
         raise InputError(f"{out} already has {min(there)}: go on there with --resume, or give a new folder")
 
 
+def extent(source: StreamSource) -> str:
+    """What tells a video from another of its name, wherever it lies: its bytes; of a folder, its pictures."""
+    if isinstance(source, Path):
+        return f"{source.stat().st_size} bytes"
+    return f"{len(source.frames())} pictures"
+
+
+def _refuse_other_format(out: Path, files: Sequence[str], format: str) -> None:  # noqa: A002
+    for file in files:
+        other = (out / file).with_suffix(_SUFFIXES[format])
+        if other.exists():
+            raise InputError(f"{out} has {other.name}: --resume goes on with the --format a folder was begun with")
+
+
 def _check_same(path: Path, wanted: dict[str, str]) -> None:
     found = read_metadata(path)
+    if found.get("extent", wanted["extent"]) != wanted["extent"]:
+        raise InputError(
+            f"{path} is of {found.get('source')}, of {found['extent']}, not of {wanted['source']}, of "
+            f"{wanted['extent']}: give another folder"
+        )
     for key in _SAME:
         if found.get(key) != wanted[key]:
             raise InputError(

@@ -96,6 +96,8 @@ def export_model(
     if getattr(model, "wraps_host", False):
         model = model.model  # type: ignore[assignment]
     check_request(model, format, precision, opset)
+    if output.exists() and not output.is_dir():
+        raise InputError(f"--output {output} is a file: give a folder for the model and what describes it")
     reference = Deployed(model, "fp32")
     preprocessing = _preprocessing_of(reference)
     kind = "images" if preprocessing.frames is None else "clips"

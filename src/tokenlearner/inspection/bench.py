@@ -8,6 +8,7 @@ also times one large matrix product, and every row says which share of that rate
 from __future__ import annotations
 
 import copy
+import math
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -125,15 +126,20 @@ class Conditions:
         Raises:
             InputError: It did not run.
         """
-        x = torch.randn(batch_size, *input_size).to(self.device, self.weights)
+        inputs = "×".join(map(str, (batch_size, *input_size)))
+        try:
+            x = torch.randn(batch_size, *input_size).to(self.device, self.weights)
+        except RuntimeError as error:
+            raise InputError(
+                f"there is no room for inputs of {inputs} on {self.device}: {_first_line(error)}"
+            ) from error
         passes: list[Callable[[], object]] = []
         for name, model in ready.items():
             run = partial(model, x) if self.mode == "forward" else partial(_step, model, x, self.arithmetic)
             try:
                 run()
             except Exception as error:
-                reason = str(error).strip().partition("\n")[0] or type(error).__name__
-                inputs = "×".join(map(str, (batch_size, *input_size)))
+                reason = _first_line(error)
                 raise InputError(f"{name} can't run {inputs} in {self.precision} on {self.device}: {reason}") from error
             passes.append(run)
         return passes
@@ -220,6 +226,10 @@ def bench(
     return rows
 
 
+def _first_line(error: Exception) -> str:
+    return str(error).strip().partition("\n")[0] or type(error).__name__
+
+
 def matmul_pass(device: torch.device, dtype: torch.dtype) -> Callable[[], object]:
     """One product of two square matrices of :data:`MATMUL_SIDE`."""
     side = MATMUL_SIDE[device.type]
@@ -235,7 +245,7 @@ def _check(models: Mapping[str, nn.Module], batch_sizes: Sequence[int], rounds: 
             raise InputError(f"{name} is compiled already; give the model itself, and compiled=True")
     if not batch_sizes or min(batch_sizes) < 1 or len(set(batch_sizes)) < len(batch_sizes):
         raise InputError(f"batch sizes are different numbers from 1 up, such as 1 and 8, not {list(batch_sizes)}")
-    if rounds < 1 or seconds_per_round <= 0:
+    if rounds < 1 or not 0 < seconds_per_round < math.inf:
         raise InputError(f"at least one round of more than 0 seconds is needed, not {rounds} of {seconds_per_round:g}")
 
 

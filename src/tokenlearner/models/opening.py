@@ -74,7 +74,7 @@ def _of_timm(name: str, **options: Any) -> nn.Module:
     if (rate := _frames_a_second(model)) is not None:
         model.preprocessing = replace(model.preprocessing, fps=rate)
     labels = getattr(model, "label_names", None) or (getattr(model, "pretrained_cfg", None) or {}).get("label_names")
-    model.label_names = tuple(labels) if labels else None
+    model.label_names = tuple(labels) if labels and len(labels) == model.num_classes else None
     return model.eval()
 
 
