@@ -266,3 +266,28 @@ def test_a_study_is_opened_by_name_or_file(tmp_path):
     for name in ("mine", str(tmp_path / "helper.py")):
         with pytest.raises(InputError, match="is no study: it names no STUDY"):
             open_study(name, tmp_path)
+
+
+@dataclass(frozen=True)
+class OfASet:
+    data: str = "photos"
+
+
+def test_numbers_of_other_data_are_not_taken_for_these(place):
+    study = replace(STUDY, run=lambda job: {"accuracy": 0.5}, sizes={"cpu": OfASet()}, claims=())
+    (place["data"] / "photos").mkdir()
+    (place["data"] / "photos/a.png").write_bytes(b"1")
+    (place["data"] / "others.txt").touch()  # no set of the settings
+    run_study("tiny", study, **place, seeds=(0,), **QUIET)
+    (place["data"] / "others.txt").unlink()
+    run_study("tiny", study, **place, seeds=(0,), **QUIET)
+    elsewhere = place["data"].parent / "elsewhere"
+    (elsewhere / "photos").mkdir(parents=True)
+    (elsewhere / "photos/a.png").write_bytes(b"12")
+    with pytest.raises(
+        InputError, match=r"tiny\.csv has runs on other data: give the same --data, or another --output"
+    ):
+        run_study("tiny", study, **{**place, "data": elsewhere}, seeds=(0,), **QUIET)
+    with pytest.raises(InputError, match=r"is of other data than .*elsewhere: give the same, or another --runs"):
+        run_study("tiny", study, elsewhere, place["data"].parent / "new", runs=place["runs"], seeds=(0,), **QUIET)
+    run_study("tiny", study, elsewhere, place["data"].parent / "new", runs=elsewhere / "runs", seeds=(0,), **QUIET)

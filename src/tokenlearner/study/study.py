@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib.util
 import json
@@ -135,13 +136,17 @@ def run_study(
     output.mkdir(parents=True, exist_ok=True)
     path = output / f"{name}.csv"
     places = {(variant, seed, size) for variant in (only or variants) for seed in seeds}
-    if there := places & {*map(_place, current(read_rows(path), study, size))}:
-        log(f"{name}: {len(there)} of {len(places)} runs are in {path} already")
+    if known := places & {*map(_place, current(read_rows(path), study, size))}:
+        log(f"{name}: {len(known)} of {len(places)} runs are in {path} already")
     for seed in seeds:
         for variant, what in variants.items():
             key = key_of(study.run, what, settings, seed)
             row = {"variant": variant, "label": what.label, "seed": seed, "size": size, "run": key}
-            if (only and variant not in only) or _place(row) in map(_place, current(read_rows(path), study, size)):
+            if only and variant not in only:
+                continue
+            there = [other for other in current(read_rows(path), study, size) if _place(other) == _place(row)]
+            if there:
+                _refuse_other_data(path, there[0], data_digest(data, settings))
                 continue
             numbers = done_once(study.run, Job(what, settings, seed, data, runs / key, command))
             row |= numbers
@@ -165,6 +170,11 @@ def _place(row: Mapping[str, Any]) -> tuple[str, int, str]:
     return row["variant"], int(row["seed"]), row["size"]
 
 
+def _refuse_other_data(path: Path, row: Mapping[str, str], digest: str) -> None:
+    if row.get("data_digest") and digest and row["data_digest"] != digest:
+        raise InputError(f"{path} has runs on other data: give the same --data, or another --output")
+
+
 def _refuse_different(name: str, study: Study, rows: Sequence[Mapping[str, str]], row: Mapping[str, Any]) -> None:
     for column in study.same:
         if others := sorted({other[column] for other in rows} - {str(row[column])}):
@@ -183,11 +193,36 @@ def key_of(run: Callable[[Job], Mapping[str, Any]], variant: Any, settings: Any,
     return f"{run.__name__}-{digest[:12]}-{seed}"
 
 
+def data_digest(data: Path, settings: Any) -> str:
+    """Of the names and sizes of all files in the sets that ``settings`` name as ``data``; empty where none is there."""
+
+    def named(values: Mapping[str, Any]) -> set[str]:
+        inner = [named(value) for value in values.values() if isinstance(value, Mapping)]
+        return set().union({str(values["data"])} if "data" in values else set(), *inner)
+
+    return _digest(data.resolve(), tuple(sorted(named(asdict(settings)))))
+
+
+@functools.cache
+def _digest(data: Path, names: tuple[str, ...]) -> str:
+    files = sorted(path for name in names for path in (data / name).rglob("*") if path.is_file())
+    content = "\n".join(f"{path.relative_to(data).as_posix()} {path.stat().st_size}" for path in files)
+    return hashlib.sha256(content.encode()).hexdigest()[:12] if files else ""
+
+
 def done_once(run: Callable[[Job], Mapping[str, Any]], job: Job) -> dict[str, Any]:
-    """The row of ``job``, done now unless its folder has it."""
+    """The row of ``job``, done now unless its folder has it.
+
+    Raises:
+        InputError: The row there is of other data.
+    """
     file = job.folder / ROW
+    digest = data_digest(job.data, job.settings)
     if file.is_file():
-        return read_json(file)
+        row = read_json(file)
+        if row.get("data_digest", digest) != digest:
+            raise InputError(f"{job.folder} is of other data than {job.data}: give the same, or another --runs")
+        return row
     job.folder.mkdir(parents=True, exist_ok=True)
     wall, cpu, commit = time.perf_counter(), time.process_time(), git_commit(Path.cwd())
     numbers = dict(run(job))
@@ -198,6 +233,7 @@ def done_once(run: Callable[[Job], Mapping[str, Any]], job: Job) -> dict[str, An
         "commit": commit,
         "command": job.command,
         "hardware": hardware(),
+        "data_digest": digest,
     }
     write_whole({file: (json.dumps(row, indent=1) + "\n").encode()})
     return row
@@ -279,7 +315,7 @@ def numbers_of(rows: Sequence[Mapping[str, str]]) -> dict[str, Any]:
     """Label, and the means of the numbers of a variant's ``rows``; the deviations of those that differ, by column."""
     found: dict[str, Any] = {"label": rows[0]["label"], "deviations": {}}
     for column in rows[0]:
-        if column in ("variant", "label", "seed", "size", "run", "commit", "command", "hardware"):
+        if column in ("variant", "label", "seed", "size", "run", "commit", "command", "hardware", "data_digest"):
             continue
         try:
             values = [float(row[column]) for row in rows]
