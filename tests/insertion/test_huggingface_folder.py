@@ -1,6 +1,7 @@
 """A folder of transformers is opened with what is beside its weights, or refused for what is not."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -143,7 +144,26 @@ def damaged(folder):
     (folder / "config.json").write_text("{")
 
 
+def cut_short(folder):
+    saved("transformers ViT", folder)
+    weights = folder / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+
+
+def changed(folder, **entries):
+    saved("transformers ViT", folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, **entries}))
+
+
 REFUSED = {
+    "cut short": (cut_short, "the model in .*saved can't be loaded: .*header"),
+    "a word for a number": (partial(changed, hidden_size="x"), "the model in .* can't be loaded: .*hidden_size"),
+    "another shape": (
+        partial(changed, num_labels=7, id2label=None),
+        r"classifier\.\w+ is \(5.* there and \(7.* by the config",
+    ),
+    "a class of no list": (partial(changed, architectures="ViTNothing"), "has a ViTNothing, which is not served; of"),
     "no processor": (without_processor, r"has no image processor, so how .* processor\.save_pretrained\("),
     "no weights": (without_weights, "the model in .* can't be loaded: "),
     "no host": (

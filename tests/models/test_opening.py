@@ -111,3 +111,19 @@ def test_predict_and_maps_take_a_name(tmp_path, capsys):
         ]
     )
     assert (tmp_path / "maps" / "maps.png").exists()
+
+
+def test_folders_of_timm_are_opened_too(tmp_path):
+    model = timm.create_model("test_vit", num_classes=2, img_size=32)
+    timm.models.save_for_hf(model, tmp_path, model_config={"label_names": ["blue", "red"]})
+    for source in (tmp_path, f"local-dir:{tmp_path}"):
+        found = open_trained(source)
+        assert (found.label_names, found.preprocessing.input_size) == (("blue", "red"), (3, 32, 32))
+        assert not found.training
+        assert all(torch.equal(value, found.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+def test_a_checkpoint_is_no_folder(tmp_path):
+    torch.save({}, tmp_path / "last.pt")
+    with pytest.raises(InputError, match=r"last\.pt is a file: give the folder of .*tokenlearner compress"):
+        open_trained(tmp_path / "last.pt")

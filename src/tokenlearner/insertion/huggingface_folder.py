@@ -128,10 +128,18 @@ def open_pretrained(folder: str | Path) -> TransformersModel:
         others = f"; of transformers' models these are: {', '.join(kind.__name__ for kind in HOSTS)}"
         raise InputError(f"{folder} has a {name}, which is not served{why or others}")
     try:
-        model, report = served[name].from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+        model, report = served[name].from_pretrained(
+            folder, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True
+        )
     except Exception as error:  # whatever damaged files make of transformers' readers
         said = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise InputError(f"the model in {folder} can't be loaded: {' '.join(said)[:300]}") from error
+    if other := sorted(report["mismatched_keys"]):
+        key, found, wanted = other[0]
+        raise InputError(
+            f"the weights in {folder} are not those of the {name} its {CONFIG} says: {key} is {tuple(found)} there and "
+            f"{tuple(wanted)} by the config"
+        )
     missing = sorted(report["missing_keys"])
     if wrong := missing or sorted(key for key in report["unexpected_keys"] if ".token_" in key):
         raise InputError(
