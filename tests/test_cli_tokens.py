@@ -78,6 +78,8 @@ def test_shards_and_resume(run, model, films, tmp_path):
     out = tmp_path / "out"
     assert run("tokens", model, films, out, "--shard", "2/2")[0] == 0  # a, b, c, none, shots
     assert {path.stem for path in out.iterdir()} == {"b"}
+    code, text, _ = run("tokens", model, films, tmp_path / "more", "--shard", "9/9")
+    assert (code, text) == (0, "nothing to do in shard 9/9: 5 videos and folders of pictures are in others\n")
     code, _, err = run("tokens", model, films, out)
     assert (code, err.count("\n")) == (1, 1)
     assert "already has b.safetensors: go on there with --resume, or give a new folder" in err

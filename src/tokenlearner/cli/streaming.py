@@ -78,6 +78,10 @@ def tokens(
 
     def table() -> None:
         rows = [(entry["file"], f"{entry['rows']:,}", entry["source"]) for entry in summary["files"]]
+        if not rows and not summary["already_there"]:
+            others = summary["of_other_shards"]
+            print(f"nothing to do in shard {shard}: {others:,} videos and folders of pictures are in others")
+            return
         print_table(("file", "rows", "of"), rows)
         warn_damaged(summary["damaged"])
         present = summary["already_there"]
