@@ -191,7 +191,7 @@ def test_a_section_has_sizes_hardware_and_the_rows_numbers(report, studies):
     page = page_of(studies, report.CLAIMS)
     cpu, gpu, waits = page[page.index("## The studies") :].split("\n### ")[1:4]
     assert "Size cpu, seeds 0, 4; " in cpu
-    assert "threads; 4 runs of 0 minutes in all; commit " in cpu
+    assert "threads; 4 runs of 0 seconds in all; commit " in cpu
     assert "`a command`." in cpu
     assert "|  | MACs | accuracy (%) | against the first | lift |" in cpu
     assert "| the second | 2 M (1.00×) | 62.00 ± 2.83 (2) | +10.00 ± 12.17, undecided | 1.5 |" in cpu

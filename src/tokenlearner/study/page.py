@@ -247,9 +247,10 @@ def _section(result: Result, figures: str) -> list[str]:
     seeds = sorted({int(row["seed"]) for row in result.rows})
     commands = ", ".join(f"`{command}`" for command in sorted({row["command"] for row in result.rows} - {""}))
     commits = ", ".join(sorted({row["commit"] for row in result.rows}))
-    minutes = sum(float(row.get("seconds") or 0) for row in result.rows) / 60
+    seconds = sum(float(row.get("seconds") or 0) for row in result.rows)
+    took = f"{seconds:,.0f} seconds" if seconds < 100 else f"{seconds / 60:,.0f} minutes"
     told = f"Size {result.size}, seeds {', '.join(map(str, seeds))}; {'; '.join(result.summary['hardware'])}"
-    told += f"; {len(result.rows)} runs of {minutes:,.0f} minutes in all"
+    told += f"; {len(result.rows)} runs of {took} in all"
     told += f"; commit {commits}" + (f"; {commands}." if commands else ".")
     told += f" A seed is {result.study.seeds}." if result.study.seeds else ""
     missing = [v.label for name, v in result.variants().items() if name not in result.summary["variants"]]
