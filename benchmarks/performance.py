@@ -5,9 +5,10 @@ python benchmarks/performance.py gpu      # → benchmarks/performance-gpu.json
 python benchmarks/performance.py report   # both files → docs/performance.md
 python benchmarks/performance.py tiny --output tiny.json   # a minute: does it run here?
 
-A row is one variant of one case, timed in turns with its host (see tokenlearner.inspection.bench). It is written as
-soon as it is there, and a second call goes on with the rows that are missing. `--only` takes the cases or variants with
-that text in their names, `--minutes` starts no row after so many.
+A row is one variant of one case, timed in turns with its host (see tokenlearner.inspection.bench). Learned tokens and
+the peers that press them are timed once more, in turns with each other ("together"). A row is written as soon as it is
+there, and a second call goes on with those that are missing. `--only` takes the cases or variants with that text in
+their names, `--minutes` starts no row after so many.
 """
 
 import argparse
@@ -27,7 +28,7 @@ import tokenlearner
 import tokenlearner.models  # registers ViViT
 from tokenlearner.insertion.hosts import host_of
 from tokenlearner.insertion.saving import write_whole
-from tokenlearner.inspection.bench import bench
+from tokenlearner.inspection.bench import BenchRow, bench
 from tokenlearner.inspection.speed import ROUNDS, SECONDS_PER_ROUND
 from tokenlearner.inspection.summary import git_commit, hardware
 
@@ -45,10 +46,12 @@ INSERTED: dict[str, dict[str, Any]] = {
     "TokenLearner with fuser, 8 tokens at ½": {"num_tokens": 8, "at": 0.5, "fuser": "fuser"},
     "TokenLearner, 16 tokens at 12": {"num_tokens": 16, "at": 12, "kind": "conv"},
 }
+TOGETHER = "together"
 AGAIN = "the host again"  # what this measurement makes of a difference that is none
 FEW = (AGAIN, LEARNED)
 FUSED = (*FEW, "TokenLearner with fuser, 8 tokens at ½")
 TOKEN_PEERS = ("tome", "top-k", "average pooling", "patch merger")
+PRESSING = ("tome", "top-k", "average pooling")  # that learned tokens should not be slower than
 ALL_PEERS = (*TOKEN_PEERS, "lower resolution", "narrower", "smaller", "shortened")
 
 
@@ -66,6 +69,10 @@ class Case:
     options: Mapping[str, Any] = field(default_factory=dict)
     """Of ``timm.create_model``."""
     seconds: float = SECONDS_PER_ROUND
+
+    @property
+    def pressing(self) -> tuple[str, ...]:
+        return tuple(name for name in PRESSING if name in self.variants and LEARNED in self.variants)
 
     @property
     def has_parts(self) -> bool:
@@ -151,12 +158,19 @@ def measure(plan: str, output: Path, only: str, minutes: float, rounds: int) -> 
         for name in case.variants
         if (case.name, name) not in done and (only in case.name or only in name)
     ]
+    pressed = {row["case"] for row in document["together"]}
+    wanted += [
+        (case, TOGETHER)
+        for case in PLANS[plan]
+        if case.pressing and case.name not in pressed and (only in case.name or only in TOGETHER)
+    ]
     for case, name in wanted:
         if time.monotonic() > stop:
             sys.exit(f"{minutes:g} minutes are over before {case.name}, {name}; call again to go on")
-        document["rows"].append(row_of(case, name, rounds))
+        row = together(case, rounds) if name == TOGETHER else row_of(case, name, rounds)
+        document["together" if name == TOGETHER else "rows"].append(row)
         write_whole({output: (json.dumps(document, indent=2, ensure_ascii=False) + "\n").encode()})
-        print(*lines_of(document["rows"][-1]), sep="\n", flush=True)
+        print(*lines_of(row), sep="\n", flush=True)
 
 
 def begun(plan: str, output: Path) -> dict[str, Any]:
@@ -169,8 +183,8 @@ def begun(plan: str, output: Path) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
     }
     if not output.exists():
-        return {**machine, "rows": []}
-    document = json.loads(output.read_text(encoding="utf-8"))
+        return {**machine, "rows": [], "together": []}
+    document = {"together": [], **json.loads(output.read_text(encoding="utf-8"))}
     if {key: document[key] for key in machine} != machine:
         sys.exit(f"{output} is of another plan, machine or version; move it away, or give another --output")
     return document
@@ -180,22 +194,12 @@ def row_of(case: Case, name: str, rounds: int) -> dict[str, Any]:
     torch.manual_seed(0)
     host = timm.create_model(case.host, **case.options).eval()
     model, setting = variant(name, host, case.size)
-    load = os.getloadavg()[0]
-    rows = bench(
-        {"host": host, name: model},
-        case.size,
-        batch_sizes=case.batch_sizes,
-        rounds=rounds,
-        seconds_per_round=case.seconds,
-        **{"device": "cpu", **case.conditions},
-    )
+    about, rows = timed(case, {"host": host, name: model}, rounds)
     row = {
         "case": case.name,
         "variant": name,
         "setting": setting,
-        "commit": git_commit(ROOT, ("src", "benchmarks/*.py")),
-        "load_before": round(load, 2),
-        "rounds": rounds,
+        **about,
         "host": [entry.to_dict() for entry in rows[::2]],
         "measured": [entry.to_dict() for entry in rows[1::2]],
     }
@@ -203,6 +207,30 @@ def row_of(case: Case, name: str, rounds: int) -> dict[str, Any]:
         row["parts"] = [parts(host, model, case.size, batch_size, rounds) for batch_size in case.batch_sizes]
         row["bytes_read_per_second"] = bytes_read_per_second()
     return row
+
+
+def together(case: Case, rounds: int) -> dict[str, Any]:
+    """Learned tokens and the peers that press them in the same rounds; the speed-ups are over learned tokens."""
+    torch.manual_seed(0)
+    host = timm.create_model(case.host, **case.options).eval()
+    models = {name: variant(name, host, case.size)[0] for name in (LEARNED, *case.pressing)}
+    about, rows = timed(case, models, rounds)
+    return {"case": case.name, "variant": TOGETHER, **about, "measured": [entry.to_dict() for entry in rows]}
+
+
+def timed(case: Case, models: Mapping[str, nn.Module], rounds: int) -> tuple[dict[str, Any], list[BenchRow]]:
+    """What ``bench`` finds for each batch size and model, and under what circumstances."""
+    load = os.getloadavg()[0]
+    rows = bench(
+        models,
+        case.size,
+        batch_sizes=case.batch_sizes,
+        rounds=rounds,
+        seconds_per_round=case.seconds,
+        **{"device": "cpu", **case.conditions},
+    )
+    commit = git_commit(ROOT, ("src", "benchmarks/*.py"))
+    return {"commit": commit, "load_before": round(load, 2), "rounds": rounds}, rows
 
 
 def parts(
@@ -283,7 +311,7 @@ def split_seconds(model: nn.Module, at: int, x: Tensor, calls: int) -> tuple[flo
 def lines_of(row: Mapping[str, Any]) -> Iterator[str]:
     for entry in row["measured"]:
         yield (
-            f"{row['case']}, {row['variant']}, batch {entry['batch_size']}: {entry['images_per_second']:.4g}/s, "
+            f"{row['case']}, {entry['name']}, batch {entry['batch_size']}: {entry['images_per_second']:.4g}/s, "
             f"{entry['speedup']:.3f}× of {entry['mac_ratio']:.3f}×, realised {entry['realised']:.3f}"
         )
 

@@ -9,7 +9,7 @@ from kernels import SHAPES
 from kernels import floors as floors_of
 from tokenlearner.inspection.summary import count
 
-from performance import AGAIN, LEARNED, OUTPUTS, PLANS, Case
+from performance import AGAIN, LEARNED, OUTPUTS, PLANS, PRESSING, Case
 
 BENCHMARKS = Path(__file__).parent
 LATE_LINEARS = BENCHMARKS / "late_linears.json"
@@ -17,7 +17,6 @@ LATE_LINEARS = BENCHMARKS / "late_linears.json"
 # Realised fractions we ask of ourselves, eager and in float32 on a CPU, by batch size.
 TARGETS = {8: 0.97, 1: 0.92}
 H200 = (4.8e12, 989e12)  # bytes and bfloat16 operations a second, by its data sheet
-PRESSING = ("tome", "top-k", "average pooling")  # the peers that learned tokens should not be slower than
 
 HEADER = """# Is a MAC saved a microsecond saved?
 
@@ -60,12 +59,14 @@ def section(plan: str, measured: Path) -> Iterator[str]:
         f"`{document['command']}`. Load of the machine before a row: {min(loads):.1f} to {max(loads):.1f}.\n"
     )
     if plan == "cpu":
-        yield from against_targets(rows)
+        yield from against_targets(rows, document.get("together", ()))
     for case in PLANS[plan]:
         yield from of_case(case, rows)
 
 
-def against_targets(rows: Mapping[tuple[str, str], Mapping[str, Any]]) -> Iterator[str]:
+def against_targets(
+    rows: Mapping[tuple[str, str], Mapping[str, Any]], together: Sequence[Mapping[str, Any]]
+) -> Iterator[str]:
     yield from _head(("host", "batch", "realised", "quartiles", "target", "", "the host again", "host, of matmul rate"))
     for case in (case for case in PLANS["cpu"] if case.has_parts):
         learned, again = rows.get((case.name, LEARNED)), rows.get((case.name, AGAIN))
@@ -83,32 +84,35 @@ def against_targets(rows: Mapping[tuple[str, str], Mapping[str, Any]]) -> Iterat
             spread = f"{low:.3f}–{high:.3f}"
             yield _line((case.name, size, f"{realised:.3f}", spread, target, verdict, control, rate))
     yield ""
-    yield from against_peers(rows)
+    yield from against_peers(together)
     yield from memory(rows)
     yield from late_linears(rows)
 
 
-def against_peers(rows: Mapping[tuple[str, str], Mapping[str, Any]]) -> Iterator[str]:
+def against_peers(together: Sequence[Mapping[str, Any]]) -> Iterator[str]:
+    cases = [case for case in PLANS["cpu"] if case.pressing]
+    if not cases:
+        return
     yield (
-        "By speed-up at equal MACs; tokens should be faster than merging and pruning, no slower than pooling. Each was "
-        "timed in turns with the host, not with the others, so they are told apart only where the quartiles of their "
-        "speed-ups don't meet:\n"
+        f"At equal MACs learned tokens should be faster than merging and pruning, no slower than pooling. {LEARNED} "
+        "and these were timed in turns with each other: their speed over that of learned tokens, with its quartiles. "
+        "Faster or slower are those whose quartiles leave out 1.\n"
     )
-    yield from _head(("host", "batch", LEARNED, *PRESSING, "faster than it", "about as fast"))
-    for case in (case for case in PLANS["cpu"] if set(PRESSING) & set(case.variants)):
-        found = [rows.get((case.name, name)) for name in (LEARNED, *PRESSING)]
-        for i, size in enumerate(case.batch_sizes):
-            measured = [row["measured"][i] if row else None for row in found]
-            cells = ("not run" if one is None else f"{one['speedup']:.2f}×" for one in measured)
-            learned, *peers = measured
-            if learned is None:
-                yield _line((case.name, size, *cells, "not run", ""))
-                continue
-            low, high = learned["speedup_quartiles"]
-            spans = {name: one["speedup_quartiles"] for name, one in zip(PRESSING, peers) if one is not None}
-            faster = [name for name, (lowest, _) in spans.items() if lowest > high]
-            equal = [name for name, (lowest, highest) in spans.items() if lowest <= high and highest >= low]
-            yield _line((case.name, size, *cells, ", ".join(faster) or "none", ", ".join(equal) or "none"))
+    yield from _head(("host", "batch", *PRESSING, "faster than learned tokens", "slower"))
+    found = {row["case"]: row["measured"] for row in together}
+    for case in cases:
+        for size in case.batch_sizes:
+            measured = {e["name"]: e for e in found.get(case.name, ()) if e["batch_size"] == size}
+            spans = {name: measured[name]["speedup_quartiles"] for name in PRESSING if name in measured}
+            cells = (
+                f"{measured[name]['speedup']:.2f}× ({spans[name][0]:.2f}–{spans[name][1]:.2f})"
+                if name in spans
+                else "not run"
+                for name in PRESSING
+            )
+            faster = ", ".join(name for name, (low, _) in spans.items() if low > 1) or "none"
+            slower = ", ".join(name for name, (_, high) in spans.items() if high < 1) or "none"
+            yield _line((case.name, size, *cells, *((faster, slower) if spans else ("not run", ""))))
     yield ""
 
 
