@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenlearner.errors import InputError
 from tokenlearner.insertion.saving import write_whole
 
 
@@ -16,10 +15,7 @@ def read_rows(path: Path) -> list[dict[str, str]]:
     if not path.exists():
         return []
     with path.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    if rows and not {"variant", "seed", "size"} <= set(rows[0]):
-        raise InputError(f"{path} is no table of a study's runs: it has no columns variant, seed and size")
-    return rows
+        return list(csv.DictReader(file))
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:

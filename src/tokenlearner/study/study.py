@@ -135,8 +135,10 @@ def run_study(
         raise InputError(f"{output} is a file: give a folder for the CSV, the JSON and the figure")
     output.mkdir(parents=True, exist_ok=True)
     path = output / f"{name}.csv"
+    if (rows := read_rows(path)) and not {"variant", "seed", "size"} <= set(rows[0]):
+        raise InputError(f"{path} is no table of a study's runs: it has no columns variant, seed and size")
     places = {(variant, seed, size) for variant in (only or variants) for seed in seeds}
-    if known := places & {*map(_place, current(read_rows(path), study, size))}:
+    if known := places & {*map(_place, current(rows, study, size))}:
         log(f"{name}: {len(known)} of {len(places)} runs are in {path} already")
     for seed in seeds:
         for variant, what in variants.items():
