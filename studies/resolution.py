@@ -19,24 +19,34 @@ from tokenlearner.study.study import Study
 
 from matplotlib.axes import Axes
 
-GRIDS = {"4x4": (32, 8), "8x8": (64, 8), "12x12": (96, 8), "16x16": (128, 8)}  # side and patch
+GRIDS = {  # side and patch
+    "4x4": (32, 8),
+    "8x8": (64, 8),
+    "12x12": (96, 8),
+    "16x16": (128, 8),
+    "64/16": (64, 16),
+    "64/4": (64, 4),
+}
+BY_SIDE, BY_PATCH = ("4x4", "8x8", "12x12", "16x16"), ("64/16", "8x8", "64/4")
 FLOWERS = {
     "cpu": replace(CIFAR10["cpu"], data="flowers", epochs=12, warmup_epochs=1.0, ema=0.99),
     "gpu": replace(CIFAR10["gpu"], data="flowers", epochs=300, batch_size=128),
 }
 NAMES = (("plain", 0), ("8 tokens", 8))
+
+
+def label(name: str, grid: str) -> str:
+    side, patch = GRIDS[grid]
+    text = f"{name}, {side // patch}×{side // patch} patches"
+    return text if grid in BY_SIDE else f"{text} of {patch}² at {side}²"
+
+
 VARIANTS = {
-    f"{name} {grid}": ViT(f"{name}, {grid.replace('x', '×')} patches", tokens=tokens, side=side, patch=patch)
+    f"{name} {grid}": ViT(label(name, grid), tokens=tokens, side=side, patch=patch)
     for grid, (side, patch) in GRIDS.items()
     for name, tokens in NAMES
-} | {
-    f"{name} 64/{patch}": ViT(f"{name}, {n}×{n} patches of {patch}² at 64²", tokens=tokens, side=64, patch=patch)
-    for n, patch in ((4, 16), (16, 4))
-    for name, tokens in NAMES
 }
-BY_SIDE = ("4x4", "8x8", "12x12", "16x16")
-BY_PATCH = ("64/16", "8x8", "64/4")
-PATCHES = {grid: (side // patch) ** 2 for grid, (side, patch) in GRIDS.items()} | {"64/16": 16, "64/4": 256}
+PATCHES = {grid: (side // patch) ** 2 for grid, (side, patch) in GRIDS.items()}
 
 
 def accuracies(axis: Axes, summary: dict[str, Any]) -> None:

@@ -45,6 +45,7 @@ def bench(
     """
     import torch
 
+    from tokenlearner.insertion.saving import refuse_file
     from tokenlearner.inspection.bench import bench as measure
     from tokenlearner.inspection.speed import usable_device
     from tokenlearner.inspection.summary import hardware
@@ -57,8 +58,8 @@ def bench(
         "mode": mode,
         "rounds": rounds,
     }
-    if output is not None and output.exists() and not output.is_dir():
-        raise InputError(f"--output {output} is a file: give a folder for bench.json and bench.png")
+    if output is not None:
+        refuse_file(output, "bench.json and bench.png")
     opened = open_models(models, learned)
     size = input_size or common_input_size(opened)
     with progress_bar("rounds") as progress:

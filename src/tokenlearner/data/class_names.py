@@ -38,15 +38,15 @@ def read_as(
     Raises:
         InputError: The data has a class that is none of the labels, or could be two of them.
     """
-    labels = distinct(labels)
+    known = distinct(labels)
     try:
-        return read(labels)
+        return read(known)
     except InputError as error:
         try:
             names = found(read(None))
         except InputError:
             raise error from None  # it is not about classes
-        if set(names) <= set(labels):
+        if set(names) <= set(known):
             raise
         return read(renamed(labels, names))
 
@@ -58,7 +58,7 @@ def distinct(labels: Sequence[str]) -> list[str]:
 
 
 def renamed(labels: Sequence[str], names: Sequence[str]) -> list[str]:
-    """``labels``, each different from the others, and each replaced by the one of ``names`` that means it, if any.
+    """``labels``, told apart as :func:`distinct` does, and each replaced by the one of ``names`` that means it, if any.
 
     Raises:
         InputError: A name means none of them, or several, or two mean the same.
@@ -67,6 +67,7 @@ def renamed(labels: Sequence[str], names: Sequence[str]) -> list[str]:
     for place, words in enumerate(_words(labels)):
         for word in words:
             known[_plain(word)].add(place)
+    labels = distinct(labels)
     classes = list(labels)
     for name in names:
         places = {labels.index(name)} if name in labels else known[_plain(name)]
@@ -85,8 +86,7 @@ def renamed(labels: Sequence[str], names: Sequence[str]) -> list[str]:
 
 def _words(labels: Sequence[str]) -> list[list[str]]:
     """What each of the labels may be called."""
-    bare = [re.sub(r" \(\d+\)$", "", label) for label in labels]  # of those that distinct told apart
-    found = [[label, *short.split(",")] for label, short in zip(labels, bare)]
+    found = [[label, *label.split(",")] for label in labels]
     info = _imagenet(len(labels))
     if info is None:
         return found

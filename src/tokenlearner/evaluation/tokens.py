@@ -156,10 +156,7 @@ def stream_tokens(
         InputError: A model without such tokens or preprocessing, options out of range, pictures that are no video for a
             model of clips; as ``DamagedImage`` or ``DamagedVideo``, what can't be decoded.
     """
-    if batch_size < 1:
-        raise InputError(f"batch_size must be at least 1, not {batch_size}")
-    if precision not in ("float32", "bf16"):
-        raise InputError(f"precision is 'float32' or 'bf16', not {precision!r}")
+    check_streaming(batch_size, precision)
     inserted_alone(model)
     preprocessing, device, fps = needed_preprocessing(model), usable_device(device), rate_of(model, source, fps)
     model.to(device).eval()
@@ -183,6 +180,14 @@ def stream_tokens(
             tuple(damaged),
             frames[-1].share,
         )
+
+
+def check_streaming(batch_size: int, precision: str) -> None:
+    """``InputError`` where :func:`stream_tokens` can't run so."""
+    if batch_size < 1:
+        raise InputError(f"batch_size must be at least 1, not {batch_size}")
+    if precision not in ("float32", "bf16"):
+        raise InputError(f"precision is 'float32' or 'bf16', not {precision!r}")
 
 
 def rate_of(model: nn.Module, source: StreamSource, fps: float | None) -> float | None:

@@ -19,7 +19,7 @@ from tokenlearner.data.token_files import TokenFormat, TokenType, needed_pyarrow
 from tokenlearner.errors import InputError
 from tokenlearner.evaluation.clips import takes_clips
 from tokenlearner.evaluation.predict import nothing_read
-from tokenlearner.evaluation.tokens import Layer, Precision, inserted_alone, rate_of, stream_tokens
+from tokenlearner.evaluation.tokens import Layer, Precision, check_streaming, inserted_alone, rate_of, stream_tokens
 from tokenlearner.insertion.insert import host_of
 from tokenlearner.inspection.speed import usable_device
 
@@ -71,7 +71,8 @@ def write_tokens(
     """
     start, out = time.perf_counter(), Path(out)
     spec = inserted_alone(model)
-    _check_options(format, dtype, shard, batch_size, frame_fps)
+    check_streaming(batch_size, precision)
+    _check_options(format, dtype, shard, frame_fps)
     options: dict[str, Any] = {
         "layer": layer,
         "fps": fps,
@@ -147,7 +148,6 @@ def _check_options(
     format: str,  # noqa: A002
     dtype: str,
     shard: tuple[int, int],
-    batch_size: int,
     frame_fps: float | None,
 ) -> None:
     if format not in ("safetensors", "parquet") or dtype not in ("float16", "float32"):
@@ -156,8 +156,6 @@ def _check_options(
         )
     if format == "parquet":
         needed_pyarrow()
-    if batch_size < 1:
-        raise InputError(f"batch_size must be at least 1, not {batch_size}")
     if frame_fps is not None and not 0 < frame_fps < float("inf"):
         raise InputError(f"frame_fps must be above 0, not {frame_fps:g}")
     if not 1 <= shard[0] <= shard[1]:

@@ -40,7 +40,7 @@ from tokenlearner.export.tracing import (
     write_graph,
 )
 from tokenlearner.insertion.insert import insertion_of, remove
-from tokenlearner.insertion.saving import Preprocessing
+from tokenlearner.insertion.saving import Preprocessing, refuse_file
 from tokenlearner.inspection.speed import measure_speed
 
 PREPROCESSING = "preprocessing.json"
@@ -96,8 +96,7 @@ def export_model(
     if getattr(model, "wraps_host", False):
         model = model.model  # type: ignore[assignment]
     check_request(model, format, precision, opset)
-    if output.exists() and not output.is_dir():
-        raise InputError(f"--output {output} is a file: give a folder for the model and what describes it")
+    refuse_file(output, "the model and what describes it")
     reference = Deployed(model, "fp32")
     preprocessing = _preprocessing_of(reference)
     kind = "images" if preprocessing.frames is None else "clips"

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from tokenlearner.errors import InputError
 from tokenlearner.insertion.insert import SPEC
-from tokenlearner.insertion.saving import CONFIG, Preprocessing, read_json
+from tokenlearner.insertion.saving import CONFIG, Preprocessing, config_has, read_json
 
 OUTPUTS = ("logits", "image_embeds", "pooler_output", "last_hidden_state")  # what to read first
 _NEAR = 0.02  # of the range of pixels, the mean difference of a picture prepared by the processor and by us
@@ -99,9 +99,7 @@ def output_of(returned: Any) -> tuple[str, Tensor]:
 
 def is_pretrained(folder: str | Path) -> bool:
     """Whether ``folder`` has a ``config.json`` of transformers."""
-    path = Path(folder) / CONFIG
-    config = read_json(path) if path.is_file() else None
-    return isinstance(config, dict) and "architectures" in config
+    return config_has(folder, "architectures")
 
 
 def open_pretrained(folder: str | Path) -> TransformersModel:

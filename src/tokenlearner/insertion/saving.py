@@ -332,6 +332,19 @@ def _some(names: Sequence[str]) -> str:
     return ", ".join(names[:3]) + more
 
 
+def refuse_file(folder: Path, holds: str) -> None:
+    """``InputError`` where a file is in the place of the folder that is to hold something: before it is computed."""
+    if folder.exists() and not folder.is_dir():
+        raise InputError(f"{folder} is a file: give a folder for {holds}")
+
+
+def config_has(folder: str | Path, entry: str) -> bool:
+    """Whether ``folder`` has a ``config.json`` with this entry, by which one can tell who wrote it."""
+    path = Path(folder) / CONFIG
+    config = read_json(path) if path.is_file() else None
+    return isinstance(config, dict) and entry in config
+
+
 def write_whole(files: Mapping[Path, bytes]) -> None:
     """Writes each file so that it is there whole or not at all, and none of them before all are on the disk."""
     temporaries: dict[Path, Path] = {}

@@ -13,7 +13,7 @@ import timm
 from torch import nn
 
 from tokenlearner.errors import InputError
-from tokenlearner.insertion.saving import CONFIG, Preprocessing, load, read_json
+from tokenlearner.insertion.saving import Preprocessing, config_has, load
 
 _OF_TIMM = ("hf-hub:", "hf_hub:", "local-dir:")  # how timm is told where a model is
 
@@ -29,16 +29,16 @@ def open_trained(source: str | Path, **options: Any) -> nn.Module:
     Raises:
         InputError: Neither a folder nor a name, weights nobody has published or that can't be fetched.
     """
-    name = str(source)
-    if Path(source).is_file():
+    name, path = str(source), Path(source)
+    if name.startswith(_OF_TIMM):
+        return _of_timm(name, **options)
+    if path.is_file():
         raise InputError(
             f"{name} is a file: give the folder of a saved model; of a checkpoint of timm's, `tokenlearner compress "
             f"{name} DATA --host NAME` makes one"
         )
-    if Path(source).is_dir() and not is_of_timm(source):
-        return load(source)
-    if Path(source).is_dir() or name.startswith(_OF_TIMM):
-        return _of_timm(name if name.startswith(_OF_TIMM) else f"local-dir:{name}", **options)
+    if path.is_dir():
+        return _of_timm(f"local-dir:{name}", **options) if is_of_timm(path) else load(path)
     tried = ""
     if name.count("/") == 1 and not Path(name).parent.exists():  # else it is a folder, with a slip in its name
         folder, tried = _fetched(name)
@@ -58,9 +58,7 @@ def open_trained(source: str | Path, **options: Any) -> nn.Module:
 
 def is_of_timm(folder: str | Path) -> bool:
     """Whether ``folder`` has the ``config.json`` that timm's ``save_for_hf`` and ``push_to_hf_hub`` write."""
-    path = Path(folder) / CONFIG
-    config = read_json(path) if path.is_file() else None
-    return isinstance(config, dict) and "architecture" in config
+    return config_has(folder, "architecture")
 
 
 def _of_timm(name: str, **options: Any) -> nn.Module:

@@ -17,7 +17,7 @@ from typing import Any
 from matplotlib.axes import Axes
 
 from tokenlearner.errors import InputError
-from tokenlearner.insertion.saving import read_json, write_whole
+from tokenlearner.insertion.saving import read_json, refuse_file, write_whole
 from tokenlearner.inspection.summary import git_commit, hardware
 from tokenlearner.study.claims import RULE, Claim, compare
 from tokenlearner.study.figures import draw_figure
@@ -131,8 +131,7 @@ def run_study(
         raise InputError(f"there is no folder {data} of data")
     if wrong := [seed for seed in seeds if not 0 <= seed < 2**32]:
         raise InputError(f"a seed must be from 0 to 2^32 - 1, not {wrong[0]}")
-    if output.exists() and not output.is_dir():
-        raise InputError(f"{output} is a file: give a folder for the CSV, the JSON and the figure")
+    refuse_file(output, "the CSV, the JSON and the figure")
     output.mkdir(parents=True, exist_ok=True)
     path = output / f"{name}.csv"
     if (rows := read_rows(path)) and not {"variant", "seed", "size"} <= set(rows[0]):

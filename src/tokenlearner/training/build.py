@@ -143,7 +143,7 @@ def _host(recipe: Recipe, num_classes: int | None, on: str) -> nn.Module:
             options |= _module_options(recipe)
         elif recipe.clip.module is not None:
             raise InputError(f"clip.module is about X(2+1)D, such as x2plus1d_m, and {model_name(recipe)} is none")
-        model = _timm_model(model_name(recipe), recipe.pretrained, options, on)
+        model = timm_model(model_name(recipe), recipe.pretrained, options, on)
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1,))[0]
     if recipe.image_size is not None and recipe.image_size % patch:
         raise InputError(
@@ -178,7 +178,7 @@ def _hint(name: str) -> str:
     return f"; did you mean {' or '.join(near)}?" if near else "; see timm.list_models('vit*')"
 
 
-def _timm_model(name: str, pretrained: bool, options: dict[str, Any], on: str) -> nn.Module:
+def timm_model(name: str, pretrained: bool, options: dict[str, Any], on: str) -> nn.Module:
     if not timm.is_model(name):
         raise InputError(f"timm has no model {name!r}{_hint(name)}")
     about_clips = options.keys() & {"num_frames", "tubelet_size"}
@@ -218,7 +218,7 @@ def read_start(init: str) -> Start:
         InputError: Neither, or damaged, or not to be fetched.
     """
     _check_known(init)
-    model: Any = load(init) if Path(init).is_dir() else _timm_model(init, True, {}, "cpu")
+    model: Any = load(init) if Path(init).is_dir() else timm_model(init, True, {}, "cpu")
     labels = getattr(model, "label_names", None)
     grid = getattr(getattr(model, "patch_embed", None), "grid_size", None)
     return Start(model.state_dict(), grid and tuple(grid), labels, Preprocessing.of(model), _form(model))

@@ -94,9 +94,10 @@ def compress(
     before, source = stand_alone(model, output / HOST, host, resume=going_on)
     refuse_inserted(before, model)
     size = needed_preprocessing(before).model_input
-    inserted_copy(before, recipe, model)  # refused now, not after a budget was measured or the model scored
-    recipe = within_budget(before, recipe, size, macs=macs, latency=latency)
-    student = inserted_copy(before, recipe, model)
+    student = inserted_copy(before, recipe, model)  # refused now, not after a budget was measured or the model scored
+    if macs is not None or latency is not None:
+        recipe = within_budget(before, recipe, size, macs=macs, latency=latency)
+        student = inserted_copy(before, recipe, model)
     refuse_dearer(student, before, size)
     if unlabelled or not getattr(before, "num_classes", 0):
         return compress_unlabelled(

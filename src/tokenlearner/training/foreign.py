@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from tokenlearner.errors import InputError
 from tokenlearner.models.weights import some
+from tokenlearner.training.build import timm_model
 
 # Where a checkpoint keeps the weights, the averaged ones first; Lightning's and timm's among them.
 _PLACES = (
@@ -126,9 +127,9 @@ def model_of_checkpoint(path: str | Path, host: str) -> nn.Module:
     state = {**found.beside, **found.own}  # a head may stand beside a wrapped backbone
     heads = [state[key].shape[0] for key in _HEADS if key in state]
     options: dict[str, Any] = {"num_classes": heads[0] if heads else 0}
-    model = _created(host, options)
+    model = timm_model(host, False, options, "cpu")
     if (side := _image_size(model, state)) is not None:
-        model = _created(host, {**options, "img_size": side})
+        model = timm_model(host, False, {**options, "img_size": side}, "cpu")
     own = model.state_dict()
     state = {key: value for key, value in state.items() if key in own or key in found.own}
     ignored = {key for key in state if key.endswith(_NOT_WEIGHTS)}
@@ -145,13 +146,6 @@ def model_of_checkpoint(path: str | Path, host: str) -> nn.Module:
         raise InputError(f"{path} is not of {host}: {'; '.join([*parts, *shapes[:2]])}")
     model.load_state_dict({key: value for key, value in state.items() if key in own})
     return model.eval()
-
-
-def _created(host: str, options: dict[str, Any]) -> nn.Module:
-    try:
-        return timm.create_model(host, **options)
-    except Exception as error:
-        raise InputError(f"timm can't build {host} with {options}: {error}") from error
 
 
 def _image_size(model: nn.Module, state: Mapping[str, Tensor]) -> int | None:

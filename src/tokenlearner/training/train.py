@@ -22,7 +22,7 @@ from tokenlearner.data.clips import LabelledClips
 from tokenlearner.data.images import HELD_OUT, OnError, damaged_entries
 from tokenlearner.errors import InputError
 from tokenlearner.insertion.insert import insertion_of, learners
-from tokenlearner.insertion.saving import Preprocessing, save, write_whole
+from tokenlearner.insertion.saving import CONFIG, WEIGHTS, Preprocessing, save, write_whole
 from tokenlearner.inspection.report import write_report
 from tokenlearner.inspection.speed import measure_speed
 from tokenlearner.inspection.summary import hardware, write_summary
@@ -44,7 +44,6 @@ from tokenlearner.training.optim import build_optimizer
 from tokenlearner.training.recipe import Recipe, check_recipe, recipe_from_dict, resumed_recipe
 
 RECIPE, SUMMARY = "recipe.json", "summary.json"
-MODEL_FILES = ("config.json", "model.safetensors")
 
 
 class Ready(NamedTuple):
@@ -247,7 +246,7 @@ def check_output(output: Path, data: str | Path, model: str | None = None, *, re
     if resume:
         return
     refuse_unfinished(output)
-    if not (output / RECIPE).exists() and (kept := next((n for n in MODEL_FILES if (output / n).exists()), None)):
+    if not (output / RECIPE).exists() and (kept := next((n for n in (CONFIG, WEIGHTS) if (output / n).exists()), None)):
         raise InputError(f"--output {output} has a {kept} that no training wrote: give a new folder")
 
 
